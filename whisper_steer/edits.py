@@ -1,0 +1,179 @@
+"""Edits of the residual stream: Shift and LatentEdit. Plain data with a pure `__call__`.
+
+x is (..., frames, d_model), the output of `encoder.blocks[layer]` (0-based), in any float dtype; an edit is
+computed in float32 and returned in x's dtype. alpha (>= 0) is the public dial, strength the calibrated number
+that it multiplies; at alpha 0 every edit returns x itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .plaindata import set_indices, set_int, set_number, set_tensor, subset_codes
+from .sae import SparseAutoencoder
+
+LATENT_MODES = ("add", "scale", "clamp")
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """x + alpha * strength * direction, the same for every frame. direction: (d_model,)."""
+
+    layer: int
+    direction: Tensor
+    strength: float
+
+    def __post_init__(self) -> None:
+        set_int(self, "layer", 0)
+        set_tensor(self, "direction", (None,))
+        set_number(self, "strength")
+
+    @property
+    def d_model(self) -> int:
+        return self.direction.shape[0]
+
+    def delta(self, x: Tensor, alpha: float) -> Tensor:
+        """What is added to x, float32, (d_model,)."""
+        return (alpha * self.strength) * self.direction.to(x.device)
+
+    def __call__(self, x: Tensor, alpha: float) -> Tensor:
+        return gated(self, x, alpha, None)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentEdit:
+    """Edits m of an SAE's latents and adds only the decoded difference: x' = x + sum_j (f'_j - f_j) W_dec[j].
+
+    With a = alpha * strength:
+      "add"    f' = f + a values, not below 0 if `floor`
+      "scale"  f' = f max(1 + a (values - 1), 0): values 0 ablates at a = 1, values 2 doubles
+      "clamp"  f' = f + min(a, 1) (values - f)
+    reconstruct: the papers' form; the edit holds *all* latents and b_dec, and the decoded f' replaces x (the
+    SAE's error is dropped, nothing is floored: `floor` is then always False).
+
+    Shapes: W_enc, W_dec (m, d_model); b_enc, theta, values (m,); b_dec (d_model,); indices (m,) int64, the
+    latents' numbers in the SAE (default 0..m-1).
+    """
+
+    layer: int
+    W_enc: Tensor
+    b_enc: Tensor
+    theta: Tensor
+    W_dec: Tensor
+    mode: str
+    values: Tensor
+    strength: float
+    floor: bool = True
+    reconstruct: bool = False
+    b_dec: Tensor | None = None
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        set_int(self, "layer", 0)
+        set_tensor(self, "W_enc", (None, None))
+        m, d = self.W_enc.shape
+        for name, shape in (("b_enc", (m,)), ("theta", (m,)), ("W_dec", (m, d)), ("values", (m,))):
+            set_tensor(self, name, shape)
+        set_indices(self, m)
+        if self.mode not in LATENT_MODES:
+            raise UsageError(f"latent edit has mode {self.mode!r}: expected one of {', '.join(LATENT_MODES)}")
+        set_number(self, "strength")
+        if self.reconstruct:
+            if self.b_dec is None:
+                raise UsageError(
+                    "a latent edit with reconstruct=True needs b_dec and every latent of the SAE"
+                )
+            object.__setattr__(self, "floor", False)
+        if self.b_dec is not None:
+            set_tensor(self, "b_dec", (d,))
+
+    @classmethod
+    def from_sae(
+        cls,
+        sae: SparseAutoencoder,
+        indices: Sequence[int] | Tensor | None,
+        values: Tensor,
+        *,
+        mode: str = "add",
+        strength: float = 1.0,
+        floor: bool = True,
+        reconstruct: bool = False,
+    ) -> LatentEdit:
+        """Cut the rows of `indices` out of an SAE (None: all latents; `reconstruct` needs all of them).
+
+        Raises UsageError for a "topk" SAE: its codes have no threshold form.
+        """
+        if sae.activation == "topk":
+            raise UsageError(
+                "a 'topk' SAE has no threshold form to edit by: train it with activation='batchtopk'"
+            )
+        if reconstruct and indices is not None:
+            raise UsageError(
+                "reconstruct=True replaces the activation and needs every latent: pass indices=None"
+            )
+        rows = torch.arange(sae.n_latents) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        return cls(
+            layer=sae.layer,
+            W_enc=sae.W_enc[rows],
+            b_enc=sae.b_enc[rows],
+            theta=sae.theta[rows],
+            W_dec=sae.W_dec[rows],
+            mode=mode,
+            values=values,
+            strength=strength,
+            floor=floor,
+            reconstruct=reconstruct,
+            b_dec=sae.b_dec if reconstruct else None,
+            indices=rows,
+        )
+
+    @property
+    def d_model(self) -> int:
+        return self.W_enc.shape[1]
+
+    def codes(self, x: Tensor) -> Tensor:
+        """f: (..., d_model) -> (..., m), float32."""
+        return subset_codes(x, self.W_enc, self.b_enc, self.theta)
+
+    def edited_codes(self, f: Tensor, alpha: float) -> Tensor:
+        """f -> f', (..., m)."""
+        a, values = alpha * self.strength, self.values.to(f.device)
+        if self.mode == "add":
+            added = f + a * values
+            return added.relu() if self.floor else added
+        if self.mode == "scale":
+            return f * (1 + a * (values - 1)).clamp_min(0)
+        return f + min(a, 1.0) * (values - f)
+
+    def delta(self, x: Tensor, alpha: float) -> Tensor:
+        """What is added to x, float32, (..., d_model)."""
+        f = self.codes(x)
+        edited = self.edited_codes(f, alpha)
+        if self.reconstruct and self.b_dec is not None:
+            return edited @ self.W_dec.to(x.device) + self.b_dec.to(x.device) - x.float()
+        return (edited - f) @ self.W_dec.to(x.device)
+
+    def __call__(self, x: Tensor, alpha: float) -> Tensor:
+        return gated(self, x, alpha, None)
+
+
+Edit = Shift | LatentEdit
+
+
+def gated(edit: Edit, x: Tensor, alpha: float, g: Tensor | None) -> Tensor:
+    """x + g (x' - x) with g (..., frames) in [0, 1]; bit for bit x where g is 0. g None: the whole edit."""
+    if alpha == 0:
+        return x
+    if g is None:
+        return (x.float() + edit.delta(x, alpha)).to(x.dtype)
+    active = (g > 0).unsqueeze(-1)
+    # only on the CPU: elsewhere the question itself would make the device wait
+    if x.device.type == "cpu" and not bool(active.any()):
+        return x
+    changed = (x.float() + g.unsqueeze(-1).float() * edit.delta(x, alpha)).to(x.dtype)
+    return torch.where(active, changed, x)

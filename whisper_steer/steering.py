@@ -1,0 +1,159 @@
+"""A Steering: edits, an optional gate, and the file that holds them. `attach.steer` puts one on a model.
+
+The parts are documented where they are defined (edits.py, gate.py) and can all be imported from here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .edits import Edit, LatentEdit, Shift, gated
+from .errors import FormatError, MismatchError, UsageError
+from .fileformat import encoder_sha256, load_tensors, model_name, save_tensors
+from .gate import Gate
+from .plaindata import moved, split, with_prefix
+
+__all__ = ["Edit", "Gate", "LatentEdit", "Shift", "Steering"]
+
+logger = logging.getLogger("whisper_steer")
+
+KIND = "steering"
+_EDIT_TYPES: dict[str, type[Shift] | type[LatentEdit]] = {"shift": Shift, "latents": LatentEdit}
+_TYPE_NAMES = {kind: name for name, kind in _EDIT_TYPES.items()}
+_NO_GATE_TENSORS: dict[str, Any] = {"W_enc": None, "b_enc": None, "theta": None}
+_EMPTY_CARD: dict[str, Any] = {
+    "base_model": None,
+    "encoder_sha256": None,
+    "n_layers": None,
+    "calibrated_on": {},
+    "rates": {},
+    "recipe": {},
+    "licence": "MIT",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """Edits applied in order (an edit sees the ones before it), scaled per frame by the gate if there is one.
+
+    The gate reads the stream before any of its steering's edits, so its layer is at most theirs.
+    metadata: name, base_model, encoder_sha256, d_model, n_layers, calibrated_on, rates, recipe, licence, ...
+    (`fileformat.model_metadata(model)` gives the ones that `check` compares).
+    """
+
+    edits: tuple[Edit, ...]
+    gate: Gate | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", tuple(self.edits))
+        parts = self._parts()
+        if not parts:
+            raise UsageError("a steering needs at least one edit or a gate, got neither")
+        widths = sorted({part.d_model for part in parts})
+        if len(widths) > 1:
+            raise UsageError(f"a steering's parts have different d_model: {', '.join(map(str, widths))}")
+        early = [edit.layer for edit in self.edits if self.gate is not None and edit.layer < self.gate.layer]
+        if early and self.gate is not None:
+            raise UsageError(
+                f"the gate reads layer {self.gate.layer}, but an edit comes before it (layer {min(early)}): "
+                "the gate's layer must be at most that of every edit"
+            )
+
+    @property
+    def d_model(self) -> int:
+        return self._parts()[0].d_model
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers that are read or edited, ascending."""
+        return tuple(sorted({part.layer for part in self._parts()}))
+
+    def edit(self, x: Tensor, layer: int, alpha: float, frame_gate: Tensor | None = None) -> Tensor:
+        """Apply this layer's edits to x (batch, frames, d_model); x itself if there is nothing to do.
+
+        frame_gate (batch, frames) in [0, 1] scales every edit: x + g (x' - x), untouched where g is 0.
+        """
+        for edit in self.edits:
+            if edit.layer == layer:
+                x = gated(edit, x, alpha, frame_gate)
+        return x
+
+    def to(self, device: torch.device | str) -> Steering:
+        """The same steering with its tensors on `device`."""
+        gate = None if self.gate is None else moved(self.gate, device)
+        return replace(self, edits=tuple(moved(edit, device) for edit in self.edits), gate=gate)
+
+    def check(self, model: Any, *, strict: bool = True) -> None:
+        """Raises MismatchError unless this steering was made for `model` (an openai-whisper Whisper).
+
+        strict=False: an encoder of the right shape with other weights is only warned about.
+        """
+        d, n = model.dims.n_audio_state, model.dims.n_audio_layer
+        own_n = self.metadata.get("n_layers")
+        own_name, name = self.metadata.get("base_model") or "an unknown model", model_name(model)
+        way_out = f"pass steering=... made for it, or make one with: python -m calibration.fit --model {name}"
+        if self.d_model != d or (own_n is not None and own_n != n) or max(self.layers) >= n:
+            blocks = f"{own_n} blocks" if own_n is not None else f"at least {max(self.layers) + 1} blocks"
+            raise MismatchError(
+                f"steering is for {own_name} (d_model {self.d_model}, {blocks}), "
+                f"the model is {name} (d_model {d}, {n} blocks): {way_out}"
+            )
+        own_sha = self.metadata.get("encoder_sha256")
+        if own_sha is None or own_sha == (sha := encoder_sha256(model)):
+            return
+        message = (
+            f"steering is for {own_name} with encoder {str(own_sha)[:12]}, "
+            f"the model is {name} with encoder {sha[:12]} of the same shape"
+        )
+        if strict:
+            raise MismatchError(f"{message}: {way_out}")
+        logger.warning("%s: its effect is not calibrated", message)
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically. Raises FormatError if it cannot be written."""
+        tensors: dict[str, Tensor] = {}
+        edits = [
+            {"type": _TYPE_NAMES[type(edit)], **split(edit, f"edits.{number}.", tensors)}
+            for number, edit in enumerate(self.edits)
+        ]
+        structure = {
+            "kind": KIND,
+            "d_model": self.d_model,
+            "layers": list(self.layers),
+            "edits": edits,
+            "gate": None if self.gate is None else split(self.gate, "gate.", tensors),
+        }
+        save_tensors(path, tensors, {"name": Path(path).stem, **_EMPTY_CARD, **self.metadata, **structure})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """Read what `save` wrote. Raises FormatError (missing, corrupt, another kind, inconsistent)."""
+        tensors, metadata = load_tensors(path, KIND)
+        try:
+            records, gate_record = metadata.pop("edits"), metadata.pop("gate")
+            edits = tuple(_read_edit(record, number, tensors) for number, record in enumerate(records))
+            gate = None
+            if gate_record is not None:
+                gate = Gate(**{**_NO_GATE_TENSORS, **gate_record, **with_prefix("gate.", tensors)})
+            return cls(edits, gate, metadata)
+        except UsageError as error:
+            raise FormatError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise FormatError(f"{path} is damaged inside ({reason}): make or fetch it again") from error
+
+    def _parts(self) -> tuple[Edit | Gate, ...]:
+        return self.edits if self.gate is None else (*self.edits, self.gate)
+
+
+def _read_edit(record: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> Edit:
+    plain = {key: value for key, value in record.items() if key != "type"}
+    arguments: dict[str, Any] = {**plain, **with_prefix(f"edits.{number}.", tensors)}
+    return _EDIT_TYPES[record["type"]](**arguments)
