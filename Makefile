@@ -1,0 +1,65 @@
+# One entry for everything a person or a CI machine runs. Needs python3 (>= 3.10) and make; all else comes from the
+# package index into .venv. Variables: PYTHON (interpreter), TORCH (requirement installed first; add pip options to
+# choose a build, e.g. TORCH="torch==2.13.0 --index-url URL"), DATA (folder of real recordings, may be empty),
+# OUT (results), BENCH_FLAGS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DATA ?= $(wildcard ../shared/data)
+OUT ?= out
+BENCH_FLAGS ?= --quick
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+DATA_FLAG := $(if $(DATA),--data $(DATA))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint weights bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## install into .venv and show three clips before and after steering
+	@$(RUN) calibration.demo
+
+test: $(VENV)/.installed-dev  ## the quick tests
+	@$(RUN) pytest
+
+test-slow: $(VENV)/.installed-dev  ## the tests marked slow
+	@$(RUN) pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	@$(RUN) ruff check .
+	@$(RUN) mypy
+
+bench: $(VENV)/.installed-dev  ## the trade-off table and plot (BENCH_FLAGS= for the full run)
+	@$(RUN) benchmarks.tradeoff $(BENCH_FLAGS) $(DATA_FLAG) --out $(OUT)/tradeoff
+
+clean:  ## remove .venv and caches, keep results
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A recipe whose line fails leaves no interpreter behind, so the next run starts over.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "error: $(PYTHON) was not found: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), expected 3.10 or newer: name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments: install its venv module" \
+	       "(Debian, Ubuntu: apt install python3-venv) or name another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# Torch first: a plain dependency on it takes the newest build, gigabytes of CUDA packages included.
+# pip below 21.3 (shipped with early 3.10) cannot install a pyproject.toml in place.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing whisper-steer into $(VENV) (only the first time; some minutes)"
+	@$(RUN) pip install --quiet --upgrade "pip>=23"
+	@$(if $(TORCH),$(RUN) pip install --quiet $(TORCH))
+	@$(RUN) pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	@echo "installing the tools for tests and calibration into $(VENV) (only the first time)"
+	@$(RUN) pip install --quiet -e ".[dev]"
+	@touch $@
