@@ -1,0 +1,171 @@
+"""Puts a Steering on an openai-whisper model and takes it off again without a trace.
+
+    with steer(model, alpha=0.5) as handle:
+        whisper.transcribe(model, audio)
+
+The model stays a plain `whisper.Whisper`: what is installed on it is in registry.py. While it is steered it
+cannot be copied or pickled. `whisper.decode(model, mel)`, the function, gets the edits but withholds
+nothing; `model.decode` does both.
+
+Threads: decoding is serialised by a lock per model (`model_lock`), because openai-whisper keeps its key/value
+cache in hooks on the shared decoder. Word timestamps use global state of openai-whisper outside of `decode`:
+hold `model_lock` around a whole `whisper.transcribe` that asks for them while other threads use the model, as
+`whisper_steer.transcribe` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from whisper.model import Whisper
+
+from .errors import UsageError
+from .registry import Registry, model_lock, registry_of
+from .steering import Steering
+from .withholding import Collector, Suppressed, WithheldMarker, collecting
+
+__all__ = [
+    "Collector",
+    "Handle",
+    "Suppressed",
+    "WithheldMarker",
+    "check_alpha",
+    "collecting",
+    "handles_of",
+    "model_lock",
+    "steer",
+]
+
+logger = logging.getLogger("whisper_steer")
+
+MAX_RECORDS = 1000
+_warned_above_one = False
+
+
+def steer(
+    model: Whisper,
+    *,
+    alpha: float = 1.0,
+    steering: Steering | str | Path | None = None,
+    decode_withheld: bool = True,
+) -> Handle:
+    """Steer `model` until the handle is removed (`handle.remove()`, or the end of a `with` block).
+
+    alpha: 0 = plain Whisper, bit for bit; 1 = the calibrated strength; can be changed later (`handle.alpha`).
+    steering: a Steering, a file, or a name of the bundled ones; None = the one bundled for this model.
+    decode_withheld: run the decoder on withheld windows too, to learn which words were withheld; False saves
+    the time, and the record's text is then None.
+    Several handles work together: edits in the order of attaching, and each gate may withhold.
+
+    Raises UsageError (alpha, steering or model of the wrong kind), MismatchError (steering of another model,
+    or none bundled for it), FormatError (damaged file).
+    """
+    if not isinstance(model, Whisper):
+        kind = type(model).__name__
+        raise UsageError(f"model is a {kind}: expected an openai-whisper Whisper, as load_model returns")
+    alpha = check_alpha(alpha)
+    resolved = _resolve(model, steering)
+    resolved.check(model)
+    with model_lock(model):
+        registry = registry_of(model) or Registry(model)
+        handle = Handle(registry, resolved, alpha, decode_withheld)
+        registry.add(handle)
+    return handle
+
+
+def handles_of(model: Whisper) -> tuple[Handle, ...]:
+    """The model's handles in the order of attaching; empty if it is not steered."""
+    registry = registry_of(model)
+    return () if registry is None else registry.handles
+
+
+def check_alpha(alpha: float) -> float:
+    """alpha as a float, or UsageError unless it is a finite number >= 0. Above 1: one warning per process."""
+    global _warned_above_one
+    number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+    if not number or not math.isfinite(alpha) or alpha < 0:
+        raise UsageError(
+            f"alpha is {alpha!r}: expected a finite number >= 0 (0 = plain Whisper, 1 = calibrated strength)"
+        )
+    if alpha > 1 and not _warned_above_one:
+        _warned_above_one = True
+        logger.warning("alpha %g is above 1, the strongest calibrated setting: speech may be lost", alpha)
+    return float(alpha)
+
+
+class Handle:
+    """One steering on one model. A context manager; `remove()` takes it off."""
+
+    def __init__(self, registry: Registry, steering: Steering, alpha: float, decode_withheld: bool) -> None:
+        self._registry: Registry | None = registry
+        self._steering = steering
+        self._alpha = alpha
+        self.decode_withheld = decode_withheld
+        self._records: deque[Suppressed] = deque(maxlen=MAX_RECORDS)
+        self._by_device: dict[torch.device, Steering] = {}
+
+    @property
+    def steering(self) -> Steering:
+        return self._steering
+
+    @property
+    def alpha(self) -> float:
+        """Fraction of the calibrated strength; a new value holds from the next window on. Setting:
+        `check_alpha`."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = check_alpha(value)
+
+    @property
+    def withheld(self) -> list[Suppressed]:
+        """The last 1000 windows that this handle withheld outside of `collecting`, oldest first, without
+        times."""
+        return list(self._records)
+
+    def remove(self) -> None:
+        """Take this steering off; waits for a decoding in progress. Harmless when done already."""
+        registry, self._registry = self._registry, None
+        if registry is not None:
+            registry.remove(self)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        name = self._steering.metadata.get("name") or "steering"
+        return f"<Handle {name} alpha={self._alpha:g}{'' if self._registry else ' removed'}>"
+
+    def record(self, suppressed: Suppressed) -> None:
+        """Note a window that was withheld; the oldest note goes when there are more than MAX_RECORDS."""
+        self._records.append(suppressed)
+
+    def on(self, device: torch.device) -> Steering:
+        """The steering with its tensors on `device`; copied there once."""
+        if device not in self._by_device:
+            self._by_device[device] = self._steering.to(device)
+        return self._by_device[device]
+
+
+def _resolve(model: Whisper, steering: Steering | str | Path | None) -> Steering:
+    if isinstance(steering, Steering):
+        return steering
+    from . import zoo
+
+    if steering is None:
+        return zoo.steering_for(model)
+    if isinstance(steering, (str, Path)):
+        return zoo.load_steering(steering, getattr(model, "name", None))
+    raise UsageError(f"steering is a {type(steering).__name__}: expected a Steering, a file or a name")

@@ -1,0 +1,100 @@
+"""What happens to the words of a window in which nobody speaks: they are taken out of the result and kept
+aside.
+
+A withheld window gives openai-whisper's `transcribe` an empty DecodingResult, in one of two dresses:
+- plain: with scores that make `transcribe`'s own rule (no_speech_prob > 0.6 and avg_logprob <= -1.0) skip it,
+  without trying higher temperatures;
+- inside `collecting(model)`: with harmless scores, so that `transcribe` emits one empty segment that spans
+the
+  window; its "temperature" is a WithheldMarker that carries the Suppressed record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from whisper.decoding import DecodingResult
+
+
+@dataclass(frozen=True)
+class Suppressed:
+    """Words that were withheld because the gate found nobody speaking in their window.
+
+    start, end: seconds; None where only a window was decoded and its place in the audio is not known.
+    text: what the decoder wrote ("" if it wrote nothing); None if it was not run.
+    score: probability (0..1) that nobody speaks, by the gate. no_speech_prob, avg_logprob: the decoder's own
+    scores, None if it was not run.
+    """
+
+    start: float | None
+    end: float | None
+    text: str | None
+    score: float
+    no_speech_prob: float | None
+    avg_logprob: float | None
+
+
+class WithheldMarker(float):
+    """A temperature that also says: this window was withheld. `record` is what was withheld."""
+
+    record: Suppressed
+
+    def __new__(cls, temperature: float, record: Suppressed) -> WithheldMarker:
+        marker = super().__new__(cls, temperature)
+        marker.record = record
+        return marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # float's own would lose the record, e.g. when a result is copied
+        return type(self), (float(self), self.record)
+
+
+@dataclass(frozen=True, eq=False)
+class Collector:
+    """What was withheld from one model during a `collecting` block, in the order of decoding, without
+    times."""
+
+    model: Any
+    records: list[Suppressed] = field(default_factory=list)
+
+
+# a context variable: each thread and each asyncio task collects for itself
+_collectors: ContextVar[tuple[Collector, ...]] = ContextVar("whisper_steer_collectors", default=())
+
+
+@contextmanager
+def collecting(model: Any) -> Iterator[Collector]:
+    """Within the block, in this thread, withheld windows of `model` come back as marked empty segments."""
+    collector = Collector(model)
+    token = _collectors.set((*_collectors.get(), collector))
+    try:
+        yield collector
+    finally:
+        _collectors.reset(token)
+
+
+def active_collector(model: Any) -> Collector | None:
+    """The innermost `collecting` block around this call for `model`."""
+    return next((c for c in reversed(_collectors.get()) if c.model is model), None)
+
+
+def skipped(result: DecodingResult) -> DecodingResult:
+    """An empty result that `whisper.transcribe` drops by its own rule, at the first temperature."""
+    return replace(result, tokens=[], text="", no_speech_prob=1.0, avg_logprob=-100.0, compression_ratio=1.0)
+
+
+def marked(result: DecodingResult, temperature: float, record: Suppressed) -> DecodingResult:
+    """An empty result that `whisper.transcribe` turns into one empty segment carrying the record."""
+    return replace(
+        result,
+        tokens=[],
+        text="",
+        no_speech_prob=0.0,
+        avg_logprob=0.0,
+        compression_ratio=1.0,
+        temperature=WithheldMarker(temperature, record),
+    )
