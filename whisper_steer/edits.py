@@ -117,6 +117,9 @@ class LatentEdit:
                 "reconstruct=True replaces the activation and needs every latent: pass indices=None"
             )
         rows = torch.arange(sae.n_latents) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        outside = rows[(rows < 0) | (rows >= sae.n_latents)]
+        if outside.numel():
+            raise UsageError(f"there is no latent {int(outside[0])}: expected 0 to {sae.n_latents - 1}")
         return cls(
             layer=sae.layer,
             W_enc=sae.W_enc[rows],

@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write `tensors` (any dtype, kept) and `metadata` (JSON-able; must hold "kind") to `path`, atomically.
 
     Adds "format_version" and "package_version". Numbers that are not finite become null: a rate that could
-    not be measured. Missing parent folders are made.
+    not be measured. Missing parent folders are made. Equal input gives equal bytes.
 
     Raises UsageError (metadata without a kind or not JSON-able), FormatError (cannot be written).
     """
@@ -60,7 +60,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         )
     header = {**metadata, "format_version": FORMAT_VERSION, "package_version": package_version()}
     try:
-        text = json.dumps(_finite(header), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_finite(header), allow_nan=False, ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"metadata for {path.name} cannot be written as JSON: {_first_line(error)}"
@@ -79,7 +79,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     except OSError as error:
         raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_tensors(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -145,7 +145,7 @@ class Steering:
             return cls(edits, gate, metadata)
         except UsageError as error:
             raise FormatError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise FormatError(f"{path} is damaged inside ({reason}): make or fetch it again") from error
 
