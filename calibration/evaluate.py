@@ -1,0 +1,212 @@
+"""The measures that calibration and benchmarks share, each with a bootstrap interval over clips.
+
+On non-speech: text-FPR (words came out), nsp-FPR (no_speech_prob below 0.5), HR (openai-whisper's skip rule
+does not fire), words per minute. On speech: WER with its three parts, and the share of clips that came back
+empty. WER is a ratio of sums over clips with a non-empty reference; clips without one are never averaged
+into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import jiwer
+import numpy as np
+from whisper.normalizers import EnglishTextNormalizer
+
+NSP_THRESHOLD = 0.5  # AudioSAE's tau
+SKIP_NO_SPEECH = 0.6  # openai-whisper's no_speech_threshold
+SKIP_LOGPROB = -1.0  # openai-whisper's logprob_threshold
+
+
+@lru_cache(maxsize=1)
+def _normalizer() -> EnglishTextNormalizer:
+    return EnglishTextNormalizer()
+
+
+@lru_cache(maxsize=65536)
+def normalise(text: str) -> str:
+    """Text after whisper's EnglishTextNormalizer, stripped."""
+    return str(_normalizer()(text)).strip()
+
+
+def counts_as_speech_nsp(no_speech_prob: float) -> bool:
+    """True if the no-speech probability alone lets the window count as speech (nsp-FPR's event)."""
+    return no_speech_prob < NSP_THRESHOLD
+
+
+def escapes_skip_rule(no_speech_prob: float, avg_logprob: float) -> bool:
+    """True if openai-whisper's rule would keep the window (HR's event)."""
+    return no_speech_prob < SKIP_NO_SPEECH or avg_logprob > SKIP_LOGPROB
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A value and its 95 % bootstrap interval; NaN where nothing was measured."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float] | np.ndarray,
+    denominator: Sequence[float] | np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Rate:
+    """sum(numerator) / sum(denominator) over clips, with the percentile interval of resampled clips."""
+    top = np.asarray(numerator, dtype=np.float64)
+    bottom = np.asarray(denominator, dtype=np.float64)
+    if top.shape != bottom.shape or top.ndim != 1:
+        raise ValueError(f"expected two vectors of one length, got shapes {top.shape} and {bottom.shape}")
+    if len(top) == 0 or bottom.sum() == 0:
+        return Rate(float("nan"), float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    # resampling clips with replacement = multinomial weights on clips
+    weights = rng.multinomial(len(top), np.full(len(top), 1.0 / len(top)), size=resamples)
+    tops, bottoms = weights @ top, weights @ bottom
+    valid = bottoms > 0
+    lo, hi = np.quantile(tops[valid] / bottoms[valid], [(1 - level) / 2, (1 + level) / 2])
+    return Rate(float(top.sum() / bottom.sum()), float(lo), float(hi))
+
+
+def bootstrap_share(events: Sequence[bool] | np.ndarray, *, seed: int = 0, resamples: int = 1000) -> Rate:
+    """Share of true events with its interval."""
+    hits = np.asarray(events, dtype=np.float64)
+    return bootstrap_ratio(hits, np.ones_like(hits), seed=seed, resamples=resamples)
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """Word counts of one clip against its reference, both normalised."""
+
+    words: int
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def total(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+
+def word_errors(reference: str, hypothesis: str) -> WordErrors | None:
+    """Errors of one clip; None if the normalised reference is empty (nothing to be wrong about)."""
+    truth, guess = normalise(reference), normalise(hypothesis)
+    if not truth:
+        return None
+    words = len(truth.split())
+    if not guess:
+        return WordErrors(words, 0, words, 0)
+    result = jiwer.process_words(truth, guess)
+    return WordErrors(words, result.substitutions, result.deletions, result.insertions)
+
+
+@dataclass(frozen=True)
+class SpeechMetrics:
+    """Recognition on clips with a reference; rates as fractions of reference words (or of clips)."""
+
+    clips: int
+    words: int
+    wer: Rate
+    sub: Rate
+    del_: Rate
+    ins: Rate
+    empty_speech: Rate
+
+    def row(self) -> dict[str, float]:
+        """Flat numbers: wer, wer_lo, wer_hi, sub..., del..., ins..., empty_speech..."""
+        return _flat(self)
+
+
+def speech_metrics(
+    references: Sequence[str], hypotheses: Sequence[str], *, seed: int = 0, resamples: int = 1000
+) -> SpeechMetrics:
+    """WER with its parts and the share of empty hypotheses; clips with an empty reference are left out."""
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses")
+    pairs = [(word_errors(r, h), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
+    kept = [(errors, guess) for errors, guess in pairs if errors is not None]
+    words = [errors.words for errors, _ in kept]
+
+    def rate(values: list[int]) -> Rate:
+        return bootstrap_ratio(values, words, seed=seed, resamples=resamples)
+
+    return SpeechMetrics(
+        clips=len(kept),
+        words=sum(words),
+        wer=rate([errors.total for errors, _ in kept]),
+        sub=rate([errors.substitutions for errors, _ in kept]),
+        del_=rate([errors.deletions for errors, _ in kept]),
+        ins=rate([errors.insertions for errors, _ in kept]),
+        empty_speech=bootstrap_share([not guess for _, guess in kept], seed=seed, resamples=resamples),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one non-speech clip: its text as the runtime returns it, the two label events, its
+    length.
+    """
+
+    text: str
+    nsp: bool
+    hr: bool
+    seconds: float
+
+    @property
+    def text_fp(self) -> bool:
+        return bool(normalise(self.text))
+
+
+@dataclass(frozen=True)
+class NonSpeechMetrics:
+    """The three hallucination rates (shares of clips) and their severity in words per minute of audio."""
+
+    clips: int
+    seconds: float
+    text_fpr: Rate
+    nsp_fpr: Rate
+    hr: Rate
+    words_per_min: Rate
+
+    def row(self) -> dict[str, float]:
+        """Flat numbers: text_fpr, text_fpr_lo, text_fpr_hi, nsp_fpr..., hr..., words_per_min..."""
+        return _flat(self)
+
+
+def nonspeech_metrics(
+    outcomes: Sequence[Outcome], *, seed: int = 0, resamples: int = 1000
+) -> NonSpeechMetrics:
+    """text-FPR, nsp-FPR, HR and words per minute of non-speech clips."""
+
+    def share(events: list[bool]) -> Rate:
+        return bootstrap_share(events, seed=seed, resamples=resamples)
+
+    minutes = [outcome.seconds / 60 for outcome in outcomes]
+    words = [len(normalise(outcome.text).split()) for outcome in outcomes]
+    return NonSpeechMetrics(
+        clips=len(outcomes),
+        seconds=sum(outcome.seconds for outcome in outcomes),
+        text_fpr=share([outcome.text_fp for outcome in outcomes]),
+        nsp_fpr=share([outcome.nsp for outcome in outcomes]),
+        hr=share([outcome.hr for outcome in outcomes]),
+        words_per_min=bootstrap_ratio(words, minutes, seed=seed, resamples=resamples),
+    )
+
+
+def _flat(metrics: SpeechMetrics | NonSpeechMetrics) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for field in fields(metrics):
+        value = getattr(metrics, field.name)
+        name = field.name.rstrip("_")
+        if isinstance(value, Rate):
+            row |= {name: value.value, f"{name}_lo": value.lo, f"{name}_hi": value.hi}
+        else:
+            row[name] = value
+    return row

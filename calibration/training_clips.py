@@ -1,0 +1,238 @@
+"""Clips of the training split for SAEs and gates: clean and in the conditions that make speech hard to find.
+
+Speech comes from the synthetic corpus (`python -m calibration.synthesis`) and, where a data folder is
+given, from the real recordings of the training split. Every condition of the evaluation sets has its
+counterpart here: noise and music at 0-10 dB, quiet, whispered, reverberant, two words in 30 s of (near)
+silence. When somebody speaks is known: it is measured on the clean signal before anything is added
+(`active_intervals`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calibration import augmentation, noises
+from calibration.corpus import RATE, real_clips
+from calibration.synthesis import Shards
+from whisper_steer.errors import UsageError
+
+Intervals = tuple[tuple[float, float], ...]
+FRAME = 320  # samples in an encoder frame (20 ms)
+SPEECH_DB = 35.0  # clean synthetic speech: frames down to this far below its loudest frame are speech
+REAL_SPEECH_DB = 25.0  # real recordings have a noise floor: only frames well above it are surely speech
+CONDITIONS = ("clean", "noisy", "quiet", "reverb", "sparse", "embedded", "clean", "noisy")  # in turn
+WHISPERED_SHARE = 0.12
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """A clip that knows when somebody speaks in it.
+
+    Attributes:
+        kind: "speech" (synthetic), "real_speech" or "nonspeech".
+        condition: one of CONDITIONS, "whispered", or the category of a non-speech clip.
+        make: gives (audio float32 (n,) at 16 kHz, speech intervals in seconds); the same at every call.
+    """
+
+    id: str
+    kind: str
+    condition: str
+    make: Callable[[], tuple[np.ndarray, Intervals]]
+
+    def load(self) -> np.ndarray:
+        return self.make()[0]
+
+    @property
+    def silence_is_certain(self) -> bool:
+        """Whether nobody speaks outside the intervals; real recordings have soft speech that levels do not
+        show.
+        """
+        return self.kind != "real_speech"
+
+
+def frame_levels(audio: np.ndarray) -> np.ndarray:
+    """Level of every 20 ms frame in dB relative to the loudest one; -inf where a frame is silent."""
+    frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME).astype(np.float64)
+    power = (frames**2).mean(axis=1)
+    top = power.max(initial=0.0)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(power / top) if top > 0 else np.full(len(power), -np.inf)
+
+
+def active_intervals(audio: np.ndarray, *, within_db: float = SPEECH_DB, bridge: float = 0.3) -> Intervals:
+    """(start, end) in seconds where the level is within `within_db` of the loudest frame; gaps up to
+    `bridge` s closed.
+    """
+    active = np.flatnonzero(frame_levels(audio) > -within_db)
+    if not len(active):
+        return ()
+    breaks = np.flatnonzero(np.diff(active) > bridge * RATE / FRAME)
+    starts = active[np.concatenate([[0], breaks + 1])]
+    ends = active[np.concatenate([breaks, [len(active) - 1]])] + 1
+    return tuple(
+        (float(s * FRAME / RATE), float(e * FRAME / RATE)) for s, e in zip(starts, ends, strict=True)
+    )
+
+
+def _shifted(intervals: Intervals, seconds: float) -> Intervals:
+    return tuple((start + seconds, end + seconds) for start, end in intervals)
+
+
+def make_variant(
+    speech: np.ndarray,
+    condition: str,
+    rng: np.random.Generator,
+    noise: Callable[[float], np.ndarray],
+    within_db: float = SPEECH_DB,
+) -> tuple[np.ndarray, Intervals]:
+    """Clean speech (n,) in a condition: (audio, intervals in seconds in which somebody speaks).
+
+    noise: makes about that many seconds of non-speech. within_db: see `active_intervals`.
+    """
+    speech = speech[: 25 * RATE]
+    intervals = active_intervals(speech, within_db=within_db)
+    if condition == "clean":
+        return speech * np.float32(10 ** rng.uniform(-1.0, 0)), intervals
+    if condition == "noisy":
+        return augmentation.mix_at_snr(speech, noise(len(speech) / RATE), rng.uniform(0, 15)), intervals
+    if condition == "quiet":
+        audio = speech * np.float32(10 ** rng.uniform(-3, -1.5))
+        floor = float(np.abs(audio).max(initial=0.0)) * 10 ** rng.uniform(-3, -2.0)
+        return audio + (rng.standard_normal(len(audio)) * floor).astype(np.float32), intervals
+    if condition == "reverb":
+        return augmentation.reverberate(speech, rng, (0.3, 1.1)), intervals
+    if condition not in ("sparse", "embedded"):
+        raise UsageError(
+            f"condition is {condition!r}: expected one of {', '.join(dict.fromkeys(CONDITIONS))}"
+        )
+    # a short utterance somewhere in a long window of silence ("sparse") or of other sounds ("embedded")
+    speech = speech[: 4 * RATE] if condition == "sparse" else speech
+    intervals = tuple((s, min(e, len(speech) / RATE)) for s, e in intervals if s < len(speech) / RATE)
+    total = 30 * RATE if condition == "sparse" else int(rng.uniform(8, 30) * RATE)
+    total = max(total, len(speech) + FRAME)
+    first = int(rng.integers(0, total - len(speech)))
+    audio = np.zeros(total, np.float32)
+    audio[first : first + len(speech)] = speech
+    if condition == "sparse":
+        audio += (rng.standard_normal(total) * rng.choice((0, 1e-4, 1e-3))).astype(np.float32)
+    else:
+        audio = augmentation.mix_at_snr(audio, noise(total / RATE), rng.uniform(3, 20))
+    return audio, _shifted(intervals, first / RATE)
+
+
+def training_clips(
+    corpus: Path | None,
+    data_dir: Path | None = None,
+    *,
+    speech: int = 600,
+    nonspeech: int = 400,
+    real: int = 600,
+    seed: int = 0,
+) -> list[TrainingClip]:
+    """Clips of the training split: at most `speech` and `nonspeech` synthetic ones, at most `real` real
+    ones of each kind.
+
+    corpus: folder of `calibration.synthesis`; data_dir: folder of real recordings. The same arguments give
+        the same
+    clips and the same audio. Real speech comes clean and, every second clip, in a condition too.
+
+    Raises:
+        UsageError: neither folder has anything.
+    """
+    rng = np.random.default_rng(seed)
+    recorded = real_clips(data_dir, "train")
+    real_speech = _some([clip for clip in recorded if clip.kind == "real_speech"], real, rng)
+    real_other = _some([clip for clip in recorded if clip.kind == "nonspeech"], real, rng)
+    backgrounds = [clip.audio for clip in real_other if clip.category in ("sounds", "music")]
+    clips = [_nonspeech(clip.id, clip.category, clip.audio) for clip in real_other]
+    if corpus is not None and any(corpus.glob("nonspeech_*.jsonl")):
+        shards = Shards.open(corpus, "nonspeech")
+        for index in _some(list(range(len(shards))), nonspeech, rng):
+            category = shards.records[index]["category"]
+            clips.append(_nonspeech(f"corpus-nonspeech/{index:06d}", category, _sample(shards, index)))
+    if corpus is not None and any(corpus.glob("speech_*.jsonl")):
+        clips += _synthetic_speech(Shards.open(corpus, "speech"), speech, rng, backgrounds, seed)
+    for number, clip in enumerate(real_speech):
+        clips.append(_speech(clip.id, "real_speech", "clean", clip.audio, [seed, number], backgrounds))
+        if number % 2:
+            condition = ("noisy", "embedded", "reverb", "quiet")[number // 2 % 4]
+            clips.append(
+                _speech(
+                    f"{clip.id}#{condition}",
+                    "real_speech",
+                    condition,
+                    clip.audio,
+                    [seed, number],
+                    backgrounds,
+                )
+            )
+    if not clips:
+        raise UsageError(
+            f"no training clips in corpus {corpus} or data {data_dir}: "
+            "make a corpus with python -m calibration.synthesis --out out/corpus, or give --data-dir"
+        )
+    return clips
+
+
+def _some(items: list, count: int, rng: np.random.Generator) -> list:
+    chosen = rng.permutation(len(items))[:count]
+    return [items[index] for index in sorted(chosen.tolist())]
+
+
+def _sample(shards: Shards, index: int) -> Callable[[], np.ndarray]:
+    return lambda: shards.audio(index)
+
+
+def _synthetic_speech(
+    shards: Shards,
+    count: int,
+    rng: np.random.Generator,
+    backgrounds: list[Callable[[], np.ndarray]],
+    seed: int,
+) -> list[TrainingClip]:
+    whispered = [i for i, record in enumerate(shards.records) if "+whisper" in record["voice"]]
+    other = [i for i, record in enumerate(shards.records) if "+whisper" not in record["voice"]]
+    n_whispered = min(len(whispered), round(count * WHISPERED_SHARE))
+    clips = []
+    for number, index in enumerate(_some(other, count - n_whispered, rng)):
+        condition, name = CONDITIONS[number % len(CONDITIONS)], f"corpus-speech/{index:06d}"
+        clips.append(_speech(name, "speech", condition, _sample(shards, index), [seed, index], backgrounds))
+    for index in _some(whispered, n_whispered, rng):
+        name = f"corpus-speech/{index:06d}"
+        clips.append(_speech(name, "speech", "whispered", _sample(shards, index), [seed, index], backgrounds))
+    return clips
+
+
+def _nonspeech(name: str, category: str, audio: Callable[[], np.ndarray]) -> TrainingClip:
+    return TrainingClip(name, "nonspeech", category, lambda: (audio(), ()))
+
+
+def _speech(
+    name: str,
+    kind: str,
+    condition: str,
+    clean: Callable[[], np.ndarray],
+    seed: list[int],
+    backgrounds: list[Callable[[], np.ndarray]],
+) -> TrainingClip:
+    def make() -> tuple[np.ndarray, Intervals]:
+        rng = np.random.default_rng(seed)
+
+        def noise(seconds: float) -> np.ndarray:
+            if backgrounds and rng.random() < 0.5:
+                return backgrounds[int(rng.integers(len(backgrounds)))]()
+            # never "human": a cough over speech is fine to lose, but babble-like sounds would blur what is
+            # labelled
+            return noises.non_speech(
+                str(rng.choice(("noise", "noise", "tones", "music", "sounds"))), seconds, rng
+            )[1]
+
+        shape = "clean" if condition == "whispered" else condition
+        within = REAL_SPEECH_DB if kind == "real_speech" else SPEECH_DB
+        return make_variant(clean(), shape, rng, noise, within)
+
+    return TrainingClip(name, kind, condition, make)
