@@ -1,0 +1,213 @@
+"""openai-whisper: the reference runtime, and the only one whose own skip rule looks at no_speech_prob."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import whisper
+from whisper.audio import FRAMES_PER_SECOND
+from whisper.decoding import DecodingOptions
+from whisper.model import Whisper
+
+from ..attach import Handle, check_alpha, handles_of, steer
+from ..errors import UsageError
+from ..fileformat import model_name
+from ..registry import model_lock
+from ..withholding import Suppressed, WithheldMarker, collecting
+from ..zoo import load_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from ..steering import Steering
+    from . import Progress
+
+
+class OpenAIBackend:
+    """One openai-whisper model, given or loaded by name, steered for the length of each call of `transcribe`.
+
+    alpha None: 1, unless the model is steered already. alpha 0: plain Whisper, no steering is looked for.
+    """
+
+    def __init__(
+        self,
+        model: Whisper | str | Path,
+        *,
+        alpha: float | None = None,
+        steering: Steering | str | Path | None = None,
+        device: str | torch.device | None = None,
+        download_root: str | Path | None = None,
+    ) -> None:
+        if isinstance(model, Whisper) and device is not None:
+            raise UsageError("device is for a model given by name: move a loaded one with model.to(device)")
+        if not isinstance(model, (Whisper, str, Path)):
+            raise UsageError(
+                f"model is a {type(model).__name__}: expected a name, a path or a whisper.Whisper"
+            )
+        self._given = model
+        self._alpha = None if alpha is None else check_alpha(alpha)
+        self._steering = steering
+        self._device = device
+        self._download_root = download_root
+        self._model: Whisper | None = None
+
+    def load(self) -> Whisper:
+        """The model; a named one is loaded at the first call. Raises what zoo.load_model raises."""
+        if self._model is None:
+            given = self._given
+            if not isinstance(given, Whisper):
+                given = load_model(given, device=self._device, download_root=self._download_root)
+            self._model = given
+        return self._model
+
+    def transcribe(
+        self, audio: NDArray[np.float32], options: Mapping[str, Any], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """See Backend. options: those of whisper.transcribe, DecodingOptions included.
+
+        fp16 defaults to False on the CPU, where openai-whisper would warn and do the same. Holds the model's
+        lock throughout: word timestamps use state that all threads share.
+        Raises UsageError (unknown option, a value openai-whisper refuses), MismatchError (see steer).
+        """
+        unknown = sorted(set(options) - option_names())
+        if unknown:
+            raise UsageError(
+                f"unknown option {unknown[0]!r}: expected one of openai-whisper's: "
+                + ", ".join(sorted(option_names()))
+            )
+        model = self.load()
+        options = dict(options)
+        if model.device.type == "cpu":
+            options["fp16"] = False
+        with model_lock(model), self._steered(model) as handles, collecting(model), _reporting(progress):
+            try:
+                result: dict[str, Any] = whisper.transcribe(model, audio, **options)
+            except UsageError:
+                raise
+            except ValueError as error:  # how openai-whisper refuses a language, a beam size, ...
+                raise UsageError(str(error)) from error
+        result["segments"], result["suppressed"] = _split(result["segments"])
+        alphas = {handle.alpha for handle in handles}
+        result["model"] = model_name(model)
+        result["steering"] = " + ".join(_name(handle) for handle in handles) or None
+        result["alpha"] = alphas.pop() if len(alphas) == 1 else None if alphas else 0.0
+        return result
+
+    def close(self) -> None:
+        self._model = None
+
+    @contextmanager
+    def _steered(self, model: Whisper) -> Iterator[tuple[Handle, ...]]:
+        """The handles at work: the model's own, or one of ours for the length of the block."""
+        own = handles_of(model)
+        if own and (self._alpha is not None or self._steering is not None):
+            raise UsageError(
+                f"the model is steered already ({', '.join(map(repr, own))}): leave alpha and steering out, "
+                "set handle.alpha, or handle.remove() first"
+            )
+        if own:
+            yield own
+        elif self._alpha == 0:
+            yield ()
+        else:
+            alpha = 1.0 if self._alpha is None else self._alpha
+            with steer(model, alpha=alpha, steering=self._steering) as handle:
+                yield (handle,)
+
+
+def option_names() -> set[str]:
+    """Every keyword option that the installed whisper.transcribe understands."""
+    own = {
+        parameter.name
+        for parameter in inspect.signature(whisper.transcribe).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return own | {field.name for field in dataclasses.fields(DecodingOptions)}
+
+
+def _name(handle: Handle) -> str:
+    return str(handle.steering.metadata.get("name") or "unnamed")
+
+
+def _split(segments: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Suppressed]]:
+    """(what was said, what was withheld): a withheld window is an empty segment with a marked temperature."""
+    kept: list[dict[str, Any]] = []
+    suppressed: list[Suppressed] = []
+    for segment in segments:
+        marker = segment["temperature"]
+        if isinstance(marker, WithheldMarker):
+            suppressed.append(dataclasses.replace(marker.record, start=segment["start"], end=segment["end"]))
+        else:
+            kept.append({**segment, "id": len(kept)})
+    return kept, suppressed
+
+
+# ---------- progress: whisper.transcribe tells how far it is to a tqdm bar only
+
+_progress: ContextVar[Progress | None] = ContextVar("whisper_steer_progress", default=None)
+_guard = threading.Lock()
+
+
+@contextmanager
+def _reporting(progress: Progress | None) -> Iterator[None]:
+    """Within the block, in this thread, whisper.transcribe also reports to `progress`."""
+    if progress is None:
+        yield
+        return
+    module = importlib.import_module("whisper.transcribe")  # the name whisper.transcribe is the function
+    with _guard:
+        if not isinstance(module.tqdm, _Bars):
+            module.tqdm = _Bars(module.tqdm)  # type: ignore[attr-defined]
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
+class _Bars:
+    """Stands in for the module `tqdm` inside whisper.transcribe; without a listener it is that module."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def tqdm(self, *args: Any, **kwargs: Any) -> Any:
+        bar = self._module.tqdm(*args, **kwargs)
+        report = _progress.get()
+        return bar if report is None else _Bar(bar, float(kwargs.get("total") or 0), report)
+
+
+class _Bar:
+    """A tqdm bar, counted in mel frames, whose updates also go to a listener, in seconds."""
+
+    def __init__(self, bar: Any, total: float, report: Callable[[float, float], None]) -> None:
+        self._bar, self._total, self._report = bar, total, report
+        self._done = 0.0
+
+    def __enter__(self) -> _Bar:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._bar.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def update(self, frames: float = 1) -> Any:
+        self._done += frames
+        self._report(self._done / FRAMES_PER_SECOND, self._total / FRAMES_PER_SECOND)
+        return self._bar.update(frames)

@@ -1,0 +1,7 @@
+"""python -m whisper_steer.cli"""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,140 @@
+"""The work of `whisper-steer transcribe`: many files, one model; a failure does not stop the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AudioError, UsageError, WhisperSteerError
+from .decoding import check_word_options, fitting_language, known_options, language, temperatures
+from .output import print_error, print_json, print_transcript, transcript_record
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from whisper.model import Whisper
+
+    from ..transcribe import Transcript
+
+logger = logging.getLogger("whisper_steer")
+
+_WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
+
+
+def run(args: dict[str, Any], writes: bool) -> int:
+    """Transcribe everything; returns how many files failed. args: as parsed. Raises UsageError and the like
+    only for what no file could be transcribed with."""
+    word_options = {name: args.pop(name) for name in _WORD_OPTIONS}
+    check_word_options(word_options, args["word_timestamps"])
+    fallback = temperatures(args.pop("temperature"), args.pop("temperature_increment_on_fallback"))
+    output_dir, output_format = args.pop("output_dir"), args.pop("output_format")
+    if writes:
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output-dir {output_dir}: {error.strerror or error}") from error
+    files, failures = _find(args.pop("audio"))
+    if not files:
+        return failures
+    code = language(args.pop("language"))
+    as_json, timestamps, keep = args.pop("as_json"), args.pop("verbose"), args.pop("keep_suppressed")
+    model = _load(args)
+
+    from whisper.utils import get_writer
+
+    from ..transcribe import transcribe as transcribe_one
+
+    writer = get_writer(output_format, output_dir) if writes else None
+    written: dict[str, Path] = {}
+    whisper_options = {
+        **known_options(args),
+        "language": fitting_language(model, code, args["task"]),
+        "temperature": fallback,
+    }
+    for number, file in enumerate(files, start=1):
+        counter = f"{number}/{len(files)} " if len(files) > 1 else ""
+        try:
+            if writes and written.setdefault(file.stem, file) != file:
+                raise WhisperSteerError(
+                    f"{file}: not transcribed, it would overwrite what {written[file.stem]} gave: "
+                    "use another --output-dir"
+                )
+            with progress_bar(f"{counter}{file.name}") as progress:
+                transcript = transcribe_one(file, model, progress=progress, **whisper_options)
+            shown = transcript.with_suppressed() if keep else transcript
+            if writer is not None:
+                writer(shown.to_dict(), str(file), word_options)  # type: ignore[arg-type]
+        except UsageError:
+            raise
+        except Exception as error:  # whatever it is, the other files go on
+            failures += 1
+            message = str(error) if isinstance(error, WhisperSteerError) else _unforeseen(file, error)
+            logger.debug("%s", message, exc_info=True)
+            print_error(message)
+            if as_json:
+                print_json({"file": str(file), "error": message}, indent=None)
+            continue
+        if as_json:
+            print_json(transcript_record(str(file), shown), indent=None)
+        elif timestamps or not writes:
+            if len(files) > 1:
+                print(f"==> {file} <==")
+            print_transcript(transcript, timestamps=timestamps, keep_suppressed=keep)
+        sys.stdout.flush()
+        _note_suppressed(file, transcript, keep)
+    return failures
+
+
+def _find(given: list[str]) -> tuple[list[Path], int]:
+    """(files, number of arguments that named none), each failure already reported."""
+    from ..audio import find_audio
+
+    files: dict[Path, None] = {}
+    failures = 0
+    for argument in given:
+        try:
+            files.update(dict.fromkeys(find_audio([argument])))
+        except AudioError as error:
+            print_error(str(error))
+            failures += 1
+    return list(files), failures
+
+
+def _load(args: dict[str, Any]) -> Whisper:
+    """The model, steered unless alpha is 0; takes the options that are about it out of `args`."""
+    import torch
+
+    from ..zoo import load_model
+
+    threads = args.pop("threads")
+    if threads:
+        if threads < 0:
+            raise UsageError(f"--threads {threads}: expected 0 (torch decides) or more")
+        torch.set_num_threads(threads)
+    alpha, steering = args.pop("alpha"), args.pop("steering")
+    return load_model(
+        args.pop("model"),
+        alpha=None if alpha == 0 and steering is None else alpha,
+        steering=steering,
+        device=args.pop("device"),
+        download_root=args.pop("model_dir"),
+    )
+
+
+def _note_suppressed(file: Path, transcript: Transcript, keep: bool) -> None:
+    windows = transcript.suppressed
+    if windows:
+        seconds = sum((window.end or 0.0) - (window.start or 0.0) for window in windows)
+        hint = "" if keep else "; --keep-suppressed shows the words"
+        plural = "s" if len(windows) > 1 else ""
+        print(
+            f"{file}: {len(windows)} window{plural} withheld, nobody speaks ({seconds:.1f} s){hint}",
+            file=sys.stderr,
+        )
+
+
+def _unforeseen(file: Path, error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{file}: {type(error).__name__}: {first_line}"

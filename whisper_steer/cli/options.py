@@ -1,0 +1,39 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from . import values
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Name (see: whisper-steer models), .pt file, transformers folder or hub id.",
+    ),
+]
+ModelDir = Annotated[
+    str | None, typer.Option("--model-dir", help="Where models are kept; ~/.cache/whisper by default.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda if there is one, else cpu.")]
+Alpha = Annotated[
+    Any,
+    typer.Option(
+        "--alpha",
+        metavar="NUMBER",
+        parser=values.alpha,
+        help="How strongly to steer: 0 is plain Whisper, 1 the calibrated strength.",
+    ),
+]
+Steering = Annotated[
+    str | None,
+    typer.Option("--steering", help="A steering file, or a name such as audiosae; by default the model's."),
+]
+Language = Annotated[
+    str | None,
+    typer.Option("--language", help="Spoken language, as en or English; detected by default."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

@@ -1,0 +1,126 @@
+"""The places a Whisper can come from: a file, a folder, openai-whisper's downloads, the Hugging Face hub.
+
+Every loader returns a plain whisper.Whisper, float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import urllib.error
+from pathlib import Path
+
+import torch
+import whisper
+from whisper.model import ModelDimensions, Whisper
+
+from .compact import unpack_model
+from .convert_hf import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX_SUFFIX,
+    WEIGHTS,
+    build_model,
+    is_transformers_folder,
+    load_transformers,
+    read_pickle,
+    shard_names,
+)
+from .errors import FormatError, ModelError, WhisperSteerError
+from .zoo import MODEL_FILE
+
+logger = logging.getLogger("whisper_steer")
+
+
+def load_path(path: Path) -> tuple[Whisper, str]:
+    """(model, name taken from the path): a .pt checkpoint, a compact model file, or a folder.
+
+    Raises FormatError (damaged), ModelError (a folder without a model).
+    """
+    if path.is_dir():
+        if is_transformers_folder(path):
+            return load_transformers(path), path.resolve().name
+        if (path / MODEL_FILE).is_file():
+            return unpack_model(path / MODEL_FILE)[0], path.resolve().name
+        raise ModelError(f"{path}: no model in this folder; expected {CONFIG} (transformers) or {MODEL_FILE}")
+    if path.suffix == ".safetensors":
+        model, metadata = unpack_model(path)
+        folder_name = path.resolve().parent.name if path.name == MODEL_FILE else path.stem
+        return model, str(metadata.get("name") or folder_name)
+    return _load_checkpoint(path), path.stem
+
+
+def load_openai(name: str, download_root: Path) -> Whisper:
+    """One of openai-whisper's own models, downloaded and checksummed by it. Raises ModelError."""
+    try:
+        return whisper.load_model(name, device="cpu", download_root=str(download_root))
+    except urllib.error.URLError as error:
+        raise ModelError(
+            f"{name} is not in {download_root} and cannot be downloaded ({error.reason}): connect to the "
+            "network once, or copy the .pt file there"
+        ) from error
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ModelError(f"{name} cannot be downloaded to {download_root}: {_first_line(error)}") from error
+
+
+def load_hub(repo: str, download_root: str | Path | None) -> Whisper:
+    """A transformers model from the Hugging Face hub; only the needed files are fetched, into the hub's cache
+    (or `download_root`), and what is there already is used without a network. Raises ModelError, FormatError.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ModelError(f"{repo} is a hub id, which needs: pip install huggingface_hub") from error
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, cache_dir=download_root))
+
+    def fetch_weights() -> None:
+        for name in WEIGHTS:
+            for candidate in (name, name + INDEX_SUFFIX):
+                try:
+                    path = fetch(candidate)
+                except EntryNotFoundError:
+                    continue
+                for shard in shard_names(path) if candidate != name else ():
+                    fetch(shard)
+                return
+        raise ModelError(
+            f"{repo}: no {' or '.join(WEIGHTS)} on the hub, or none in the cache without a network"
+        )
+
+    try:
+        config = fetch(CONFIG)
+        fetch_weights()
+    except WhisperSteerError:
+        raise
+    except Exception as error:  # the hub client lets errors of its HTTP library through
+        raise ModelError(
+            f"{repo}: no such file or folder here, and not available from the Hugging Face hub "
+            f"({_first_line(error)})"
+        ) from error
+    try:
+        fetch(GENERATION_CONFIG)  # names the heads for word timestamps; many fine-tuned models lack it
+    except Exception as error:
+        logger.debug("%s: no %s (%s)", repo, GENERATION_CONFIG, error)
+    return load_transformers(config.parent)
+
+
+def _load_checkpoint(path: Path) -> Whisper:
+    """openai-whisper's .pt: {"dims": ..., "model_state_dict": ...}, read with weights_only=True."""
+    checkpoint = read_pickle(path)
+    try:
+        dims, weights = ModelDimensions(**checkpoint["dims"]), checkpoint["model_state_dict"]
+        if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise TypeError("a value is not a tensor")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{path}: not an openai-whisper checkpoint; expected 'dims' and 'model_state_dict' in it"
+        ) from error
+    return build_model(dims, weights, str(path))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
