@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 DATA ?= $(wildcard ../shared/data)
 OUT ?= out
 BENCH_FLAGS ?= --quick
+MODEL := sae_weights/mini.en
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
@@ -35,6 +36,15 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 
 bench: $(VENV)/.installed-dev  ## the trade-off table and plot (BENCH_FLAGS= for the full run)
 	@$(RUN) benchmarks.tradeoff $(BENCH_FLAGS) $(DATA_FLAG) --out $(OUT)/tradeoff
+
+weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (resumable; hours on two cores)
+	@$(RUN) calibration.synthesis --out $(OUT)/corpus --utterances 40000 --non-speech 3000 --seed 1
+	@$(if $(DATA),$(RUN) calibration.corpus --data $(DATA) --out $(OUT)/corpus)
+	@$(RUN) calibration.mini_whisper --corpus $(OUT)/corpus --out $(OUT)/mini --seed 1
+	@$(RUN) calibration.bundle model --checkpoint $(OUT)/mini/checkpoint.pt --out $(MODEL)
+	@$(RUN) calibration.train --model mini.en --layers all --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
+	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
+	@$(RUN) calibration.bundle card --corpus $(OUT)/corpus --saes $(OUT)/saes --out $(MODEL)
 
 clean:  ## remove .venv and caches, keep results
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

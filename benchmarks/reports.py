@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from benchmarks.plots import Point
 from whisper_steer.errors import UsageError
 
@@ -34,12 +37,6 @@ def _percent(row: Row, name: str, scale: float = 100.0) -> str:
         return "-"
     value, lo, hi = (scale * row[name + end] for end in ("", "_lo", "_hi"))
     return f"{value:.1f} [{lo:.1f}, {hi:.1f}]"
-
-
-def _parts(row: Row) -> str:
-    if row.get("wer") is None:
-        return "-"
-    return " / ".join(f"{100 * row[name]:.1f}" for name in ("sub", "del", "ins"))
 
 
 def pooled_rows(rows: Sequence[Row]) -> Iterator[tuple[str, float, Row, Row]]:
@@ -81,49 +78,65 @@ def headline(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def tables(rows: Sequence[Row]) -> list[Any]:
-    """Two rich tables: every setting, sets pooled; every set, at alpha 0 and at 1 (or the largest below)."""
-    from rich.table import Table
-
-    pooled = Table(title="All sets: value [95 % bootstrap interval over clips]", title_justify="left")
-    pooled.add_column("method")
-    for name in (
-        "alpha", "text-FPR %", "nsp-FPR %", "HR %", "words/min", "WER %", "sub / del / ins %",
-        "empty speech %", "seconds",
-    ):  # fmt: skip
-        pooled.add_column(name, justify="right")
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Three rich tables: non-speech and speech, all their sets pooled, at every setting; then every set at
+    alpha 0 and at 1 (or the largest below)."""
+    pooled = list(pooled_rows(rows))
+    nonspeech = _table("On non-speech, all sets", ("text-FPR %", "nsp-FPR %", "HR %", "words/min", "seconds"))
+    speech = _table("On speech, all sets", ("WER %", "sub / del / ins %", "empty clips %", "seconds"))
     previous = None
-    for method, alpha, silent, spoken in pooled_rows(rows):
-        if previous not in (None, method):
-            pooled.add_section()
-        pooled.add_row(
-            "" if previous == method else method, f"{alpha:g}",
-            *(_percent(silent, name) for name in NONSPEECH_RATES[:3]), _percent(silent, "words_per_min", 1.0),
-            _percent(spoken, "wer"), _parts(spoken), _percent(spoken, "empty_speech"),
-            f"{silent.get('seconds', 0) + spoken.get('seconds', 0):.1f}",
-        )  # fmt: skip
+    for method, alpha, silent, spoken in pooled:
+        new = method != previous
+        if silent:
+            rates = [_percent(silent, name) for name in ("text_fpr", "nsp_fpr", "hr")]
+            words = _percent(silent, "words_per_min", 1.0)
+            _add(nonspeech, new, method, alpha, *rates, words, f"{silent['seconds']:.1f}")
+        if spoken:
+            wer, empty = _percent(spoken, "wer"), _percent(spoken, "empty_speech")
+            parts = " / ".join(f"{100 * spoken[name]:.1f}" for name in ("sub", "del", "ins"))
+            _add(speech, new, method, alpha, wer, parts, empty, f"{spoken['seconds']:.1f}")
         previous = method
+    return [table for table in (nonspeech, speech) if table.rows] + [_set_table(rows)]
 
-    alphas = sorted({row["alpha"] for row in rows if row["alpha"] <= 1})
-    shown = [alphas[0], alphas[-1]] if len(alphas) > 1 else alphas
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(
+        title=f"{title}: value [95 % bootstrap interval over clips]",
+        title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+    )  # fmt: skip
+    table.add_column("method")
+    for name in ("alpha", *columns):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add(table: Table, new: bool, method: str, alpha: float, *cells: str) -> None:
+    if new and table.rows:
+        table.add_section()
+    table.add_row(method if new else "", f"{alpha:g}", *cells)
+
+
+def _set_table(rows: Sequence[Row]) -> Table:
+    alphas = sorted({row["alpha"] for row in rows})
+    shown = dict.fromkeys((alphas[0], max((alpha for alpha in alphas if alpha <= 1), default=alphas[0])))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     columns = [
         (method, alpha) for method in methods for alpha in shown if alpha > 0 or method == methods[0]
     ]
     found = {(row["method"], row["alpha"], row["set"]): row for row in rows}
-    by_set = Table(
-        title="By set: text-FPR % of non-speech, WER % of speech (and empty clips %)", title_justify="left"
-    )
+    table = Table(
+        title="By set: text-FPR % of non-speech; WER % of speech (and empty clips %)",
+        title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+    )  # fmt: skip
     for name in ("set", "clips", "audio"):
-        by_set.add_column(name, justify="right" if name == "clips" else "left")
+        table.add_column(name, justify="right" if name == "clips" else "left")
     for method, alpha in columns:
-        by_set.add_column("plain (alpha 0)" if alpha == 0 else f"{method}, alpha {alpha:g}", justify="right")
-    names = [name for name in dict.fromkeys(row["set"] for row in rows) if not name.startswith("all_")]
-    for name in names:
-        first = next(row for row in rows if row["set"] == name)
-        cells = [_set_cell(found[method, alpha, name]) for method, alpha in columns]
-        by_set.add_row(name, str(first["clips"]), first["audio"], *cells)
-    return [pooled, by_set]
+        table.add_column("plain (alpha 0)" if alpha == 0 else f"{method}, alpha {alpha:g}", justify="right")
+    for name in dict.fromkeys(row["set"] for row in rows):
+        if name not in (ALL_SPEECH, ALL_NONSPEECH):
+            cells = [found[method, alpha, name] for method, alpha in columns]
+            table.add_row(name, str(cells[0]["clips"]), cells[0]["audio"], *map(_set_cell, cells))
+    return table
 
 
 def _set_cell(row: Row) -> str:

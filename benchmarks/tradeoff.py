@@ -97,12 +97,12 @@ def measure(
             with steer(model, alpha=alpha, steering=steerings[method]):
                 heard = {name: listen(model, chosen, bar.update) for name, chosen in sets.items()}
             measured = summarise(heard)
-            rows += [{"method": method, "alpha": alpha, **row} for row in measured]
+            rows += [{**row, "method": method, "alpha": alpha} for row in measured]
             if alpha == 0:
                 plain = measured
     for method in steerings:
         if plain is not None and not any(row["method"] == method and row["alpha"] == 0 for row in rows):
-            rows += [{"method": method, "alpha": 0.0, **row} for row in plain]
+            rows += [{**row, "method": method, "alpha": 0.0} for row in plain]
     order = {method: place for place, method in enumerate(steerings)}
     rows.sort(key=lambda row: (order[row["method"]], row["alpha"]))
     return [{name: row[name] for name in COLUMNS} for row in rows]
@@ -183,12 +183,12 @@ def find_steerings(model: Whisper, given: str | None, methods: Sequence[str]) ->
     name = getattr(model, "name", "unnamed")
     found: dict[str, Steering] = {}
     for method in methods:
-        explicit = given is not None and method == "whisper-steer"
+        explicit = given if method == "whisper-steer" else None
         try:
-            steering = load_steering(given if explicit else METHODS[method], name)
+            steering = load_steering(explicit or METHODS[method], name)
             steering.check(model)
         except (UsageError, MismatchError) as error:
-            if explicit:
+            if explicit is not None:
                 raise
             print(f"left out: {method} ({error})", file=sys.stderr)
             continue
@@ -271,7 +271,7 @@ def run(options: argparse.Namespace) -> None:
     rows = measure(model, sets, steerings, options.alphas)
 
     # outside a terminal rich would fold the table at 80 columns
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"Held-out test split of {about}", highlight=False)
     for table in reports.tables(rows):
         console.print(table)
