@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from whisper.model import ModelDimensions, Whisper
+from whisper.tokenizer import get_tokenizer
 
 TINY_DIMS = ModelDimensions(80, 1500, 64, 1, 4, 51864, 448, 64, 1, 2)
 
@@ -31,6 +33,15 @@ def make_tiny_whisper(seed: int = 0, dims: ModelDimensions = TINY_DIMS) -> Whisp
                 block.cross_attn.query.weight.mul_(6)
                 block.cross_attn.out.weight.mul_(20)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_tokenizers() -> None:
+    """openai-whisper leaves its vocabulary files to the garbage collector, which warns; both stay cached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        get_tokenizer(False)
+        get_tokenizer(True)
 
 
 @pytest.fixture(scope="session")
