@@ -17,12 +17,14 @@ from whisper_steer.errors import ModelError
 SAMPLING_RATE = 16_000
 _EVENT_END, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7  # espeak_EVENT_TYPE in speak_lib.h
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
+_SEED = 1
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 1, 0x8000, 1
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One way of speaking: an accent, a variant (timbre) and prosody.
+    """One way of speaking: an accent (the name of a file in espeak-ng's lang/, so British English is "en"), a
+    variant (timbre, a file in voices/!v) and prosody.
 
     rate: words per minute (80..450); pitch and pitch_range: 0..99.
     """
@@ -110,10 +112,13 @@ class _Engine:
         import soxr
 
         self.pieces, self.words, self.phonemes = [], [], []
-        if self.library.espeak_SetVoiceByName(voice.name.encode()) not in (0, 2):
-            raise ModelError(f"espeak-ng has no voice {voice.name!r}")
+        if self.library.espeak_SetVoiceByName(voice.name.encode()) != 0:  # it would go on with the last voice
+            raise ModelError(
+                f"espeak-ng has no voice {voice.name!r}: expected a name such as en-us or en-us+f3"
+            )
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range)):
             self.library.espeak_SetParameter(parameter, value, 0)
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))  # breath and whisper are random noise
         data = text.encode() + b"\0"
         if self.library.espeak_Synth(data, len(data), 0, 1, 0, _UTF8, None, None) != 0:
             raise ModelError(f"espeak-ng could not speak {text!r} with {voice.name}")

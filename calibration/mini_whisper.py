@@ -36,6 +36,7 @@ from calibration.windows import IGNORE, N_CTX, Vocabulary, WindowDataset
 
 logger = logging.getLogger("whisper_steer")
 FULL_VOCABULARY = 51_864
+CHECKPOINT_SECONDS = 180
 PHASES = [(0.45, (0.8, 0.12, 0.08)), (0.75, (0.55, 0.2, 0.25)), (1.0, (0.25, 0.2, 0.55))]
 
 
@@ -48,7 +49,7 @@ class Recipe:
     encoder_blocks: int = 4
     decoder_blocks: int = 2
     seed: int = 1
-    steps: int = 3000
+    steps: int = 2600
     warmup: int = 200
     lr_matrices: float = 2.5e-3  # Muon, scaled to match AdamW's root mean square
     lr_rest: float = 1.5e-3  # AdamW: embeddings, convolutions, biases, norms, heads
@@ -209,8 +210,8 @@ def train(corpus: Path, out: Path, recipe: Recipe, device: str, workers: int) ->
         batch_size=None,
         sampler=_From(first, recipe.steps),
         num_workers=workers,
-        prefetch_factor=4,
-        multiprocessing_context="fork",
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,
     )
     started, saved_at, count = time.monotonic() - spent, time.monotonic(), 0
     sums: dict[str, float] = {}
@@ -255,7 +256,7 @@ def train(corpus: Path, out: Path, recipe: Recipe, device: str, workers: int) ->
             bar.set_postfix(means, refresh=False)
             sums, count = {}, 0
         done = step + 1 == recipe.steps
-        if done or time.monotonic() - saved_at > 180:
+        if done or time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             saved_at = time.monotonic()
             _save(
                 checkpoint,
@@ -297,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the bundled Whisper.")
     parser.add_argument("--corpus", type=Path, default=Path("out/corpus"))
     parser.add_argument("--out", type=Path, default=Path("out/mini"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2)

@@ -28,7 +28,6 @@ from calibration.espeak import SAMPLING_RATE, Utterance, Voice, speak
 
 ACCENTS = (
     "en-us",
-    "en-gb",
     "en-gb-scotland",
     "en-gb-x-rp",
     "en-gb-x-gbclan",
@@ -120,8 +119,9 @@ class Shards:
         return clip.astype(np.float32) / 32768
 
     @classmethod
-    def open(cls, folder: Path, kind: str) -> Shards:
-        """kind: "speech" or "nonspeech". Raises FileNotFoundError when the folder holds none."""
+    def open(cls, folder: Path, kind: str, in_memory: bool = False) -> Shards:
+        """kind: "speech", "nonspeech", "realspeech", ... in_memory reads every sample now: random access to a
+        cold mapped file would wait for the disk. Raises FileNotFoundError when the folder holds none."""
         indices = sorted(folder.glob(f"{kind}_[0-9]*.jsonl"))
         if not indices:
             raise FileNotFoundError(
@@ -130,7 +130,8 @@ class Shards:
         records: list[dict] = []
         memory: list[np.ndarray] = []
         for shard, index in enumerate(indices):
-            memory.append(np.memmap(index.with_suffix(".i16"), np.int16, "r"))
+            samples = index.with_suffix(".i16")
+            memory.append(np.fromfile(samples, np.int16) if in_memory else np.memmap(samples, np.int16, "r"))
             with index.open() as lines:
                 records.extend(json.loads(line) | {"shard": shard} for line in lines)
         return cls(records, memory)

@@ -123,18 +123,17 @@ class WindowDataset(Dataset):
         self.vocabulary = Vocabulary.of_corpus(folder)
         self.phonemes = phoneme_inventory(folder)
         self.tokenizer = get_tokenizer(multilingual=False)
-        self.speech = Shards.open(folder, "speech")
-        self.non_speech = [Shards.open(folder, "nonspeech")]
+        self.speech = Shards.open(folder, "speech", in_memory=True)
+        self.non_speech = [Shards.open(folder, "nonspeech", in_memory=True)]
         self.real_speech = None
         if list(folder.glob("realnonspeech_[0-9]*.jsonl")):
-            self.non_speech.append(Shards.open(folder, "realnonspeech"))
-            self.real_speech = Shards.open(folder, "realspeech")
+            self.non_speech.append(Shards.open(folder, "realnonspeech", in_memory=True))
+            self.real_speech = Shards.open(folder, "realspeech", in_memory=True)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        torch.set_num_threads(1)
         rng = np.random.default_rng([self.seed, step])
         progress = step / self.steps
         mix = next(mix for until, mix in self.phases if progress < until or until >= 1)
