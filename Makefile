@@ -44,7 +44,11 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(RUN) calibration.bundle model --checkpoint $(OUT)/mini/checkpoint.pt --out $(MODEL)
 	@$(RUN) calibration.train --model mini.en --layers all --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
-	@$(RUN) calibration.bundle card --corpus $(OUT)/corpus --saes $(OUT)/saes --out $(MODEL)
+	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes --labels $(OUT)/labels.jsonl \
+	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
+	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) --out $(MODEL)
+	@cp $(OUT)/saes/layer_*.safetensors $(MODEL)/
+	@$(RUN) calibration.bundle card --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
 
 clean:  ## remove .venv and caches, keep results
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,13 +52,6 @@ class Heard:
 # -- measuring ------------------------------------------------------------------------------------------
 
 
-def thinned(clips: Sequence[Clip], limit: int | None) -> list[Clip]:
-    """At most `limit` clips, evenly spaced: synthetic and real ones keep their proportion."""
-    if limit is None or len(clips) <= limit:
-        return list(clips)
-    return [clips[index * len(clips) // limit] for index in range(limit)]
-
-
 def listen(model: Whisper, clips: Sequence[Clip], tick: Callable[[], object]) -> list[Heard]:
     """Every clip through whisper.transcribe with its default options; `tick` is called after each."""
     from calibration.decoding import iterate_transcripts
@@ -250,6 +243,7 @@ def run(options: argparse.Namespace) -> None:
         from rich.console import Console
 
         from calibration import corpus
+        from calibration.evaluate import evenly
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'whisper-steer[calibration]'") from error
     from whisper_steer.fileformat import package_version
@@ -264,7 +258,7 @@ def run(options: argparse.Namespace) -> None:
     steerings = find_steerings(model, options.steering, options.methods)
     limit = options.limit or (QUICK_CLIPS if options.quick else None)
     everything = corpus.eval_sets("test", options.data, options.quick)
-    sets = {name: thinned(clips, limit) for name, clips in everything.items()}
+    sets = {name: evenly(clips, limit or len(clips)) for name, clips in everything.items()}
     about = what_was_measured(model, sets)
     print(f"measuring {about}", file=sys.stderr)
     began = time.perf_counter()

@@ -57,13 +57,6 @@ def shift_for(model: Whisper, name: str) -> Steering:
 # -- rows -----------------------------------------------------------------------------------------------
 
 
-def test_thinning_is_even_and_keeps_short_sets() -> None:
-    clips = [clip(f"noise/{index}") for index in range(10)]
-    assert [c.id for c in tradeoff.thinned(clips, 4)] == ["noise/0", "noise/2", "noise/5", "noise/7"]
-    assert tradeoff.thinned(clips, None) == clips
-    assert tradeoff.thinned(clips, 11) == clips
-
-
 def test_summary_counts_by_hand() -> None:
     sets = {
         "speech": [
@@ -275,7 +268,10 @@ def bench(small: Whisper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pa
     import calibration.corpus
     import whisper_steer.zoo
 
-    sets = {"speech": [clip("speech/0", text="hello there")], "noise": [clip("noise/0", "nonspeech")]}
+    sets = {
+        "speech": [clip("speech/0", text="hello there")],
+        "noise": [clip(f"noise/{index}", "nonspeech") for index in range(2)],
+    }
     monkeypatch.setattr(calibration.corpus, "eval_sets", lambda split, data, quick: sets)
     monkeypatch.setattr(whisper_steer.zoo, "load_model", lambda name, device=None: small)
     path = tmp_path / "mine.safetensors"
@@ -287,7 +283,8 @@ def test_command_prints_and_writes_everything(
     bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, rows_file = tmp_path / "deep" / "out", tmp_path / "other" / "rows.json"
-    arguments = ["--steering", str(bench), "--alphas", "0,1", "--out", str(out), "--json", str(rows_file)]
+    arguments = ["--steering", str(bench), "--alphas", "0,1", "--limit", "1"]
+    arguments += ["--out", str(out), "--json", str(rows_file)]
     assert tradeoff.main(arguments) == 0
     shown = capsys.readouterr()
     assert "tiny-random (d_model 64, 2 blocks); 1 speech clips (1 synthetic, 0 real)" in shown.out
