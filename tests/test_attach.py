@@ -10,7 +10,7 @@ import torch
 from conftest import make_tiny_whisper
 from tiny import OPTIONS, footprint, latents, manual, mel, same_result, says, shift
 
-from whisper_steer import attach
+from whisper_steer import attach, zoo
 from whisper_steer.attach import check_alpha, handles_of, steer
 from whisper_steer.errors import MismatchError, UsageError
 from whisper_steer.fileformat import model_metadata
@@ -209,6 +209,22 @@ def test_a_file_is_loaded(tiny_whisper, tmp_path):
         with steer(tiny_whisper, steering=given) as handle:
             assert handle.steering.metadata["name"] == "mine"
             assert repr(handle) == "<Handle mine alpha=1>"
+
+
+def test_without_a_steering_the_bundled_one_is_taken(tiny_whisper, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "bundled_dir", lambda: tmp_path)
+    monkeypatch.setattr(zoo, "cache_dir", lambda: tmp_path / "none")
+    folder = tmp_path / "mini.en"
+    folder.mkdir()
+    with pytest.raises(MismatchError, match="no steering is kept for the model unnamed"):
+        steer(tiny_whisper)
+    Steering((shift(),), metadata=model_metadata(tiny_whisper)).save(folder / "steering.safetensors")
+    Steering((shift(2),)).save(folder / "steering-other.safetensors")
+    with steer(tiny_whisper) as handle:  # recognised by its weights
+        assert handle.steering.layers == (1,)
+    tiny_whisper.name = "mini.en"
+    with steer(tiny_whisper) as handle, steer(tiny_whisper, steering="other") as other:
+        assert (handle.steering.layers, other.steering.layers) == ((1,), (2,))
 
 
 @pytest.mark.parametrize(
