@@ -169,7 +169,7 @@ def test_an_exception_in_the_decoder_releases_the_lock_and_the_state(tiny_whispe
         assert state_of(tiny_whisper) is None and handle.withheld == []
         free = threading.Thread(target=lambda: tiny_whisper.decode(mel(), OPTIONS))
         free.start()
-        free.join(20)
+        free.join(300)
         assert not free.is_alive() and len(handle.withheld) == 1
 
 
@@ -256,7 +256,7 @@ def test_removing_waits_for_the_window_in_progress(tiny_whisper):
     hook = tiny_whisper.encoder.blocks[2].register_forward_hook(meanwhile)
     same_result(tiny_whisper.decode(mel(), OPTIONS), expected)
     hook.remove()
-    remover.join(20)
+    remover.join(300)
     assert seen == [True] and handles_of(tiny_whisper) == ()
 
 

@@ -306,7 +306,7 @@ def test_detecting_a_language_does_not_disturb_a_decoding_in_another_thread(mult
         detected, decoding, done = [], threading.Event(), threading.Event()
 
         def detect():
-            decoding.wait(20)
+            decoding.wait(300)
             while not done.is_set():
                 detected.append(multilingual.detect_language(features)[1])
 
