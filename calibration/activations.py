@@ -192,7 +192,7 @@ class WindowPlan:
         cache_bytes: int = 512 * 2**20,
     ):
         if not clips:
-            raise UsageError("no training clips: give --data-dir or a corpus with a training split")
+            raise UsageError("no training clips: give --data or a corpus with a training split")
         self.clips = list(clips)
         self.seed = seed
         self.packed_share = packed_share

@@ -10,7 +10,7 @@ does happens in the batch too.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -152,11 +152,11 @@ def transcribe_clips(
     """Transcripts of 16 kHz clips, default options of `whisper.transcribe`; sampling is seeded by each
     clip's audio.
     """
-    return list(iterate_transcripts(model, iter(audios), batch=batch, language=language))
+    return list(iterate_transcripts(model, audios, batch=batch, language=language))
 
 
 def iterate_transcripts(
-    model: Whisper, audios: Iterator[np.ndarray], *, batch: int = 8, language: str = "en"
+    model: Whisper, audios: Iterable[np.ndarray], *, batch: int = 8, language: str = "en"
 ) -> Iterator[ClipTranscript]:
     """Like `transcribe_clips`, one group of `batch` clips in memory at a time."""
     group: list[np.ndarray] = []

@@ -8,14 +8,17 @@ into it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import TypeVar
 
 import jiwer
 import numpy as np
 from whisper.normalizers import EnglishTextNormalizer
 
+Item = TypeVar("Item")
 NSP_THRESHOLD = 0.5  # AudioSAE's tau
 SKIP_NO_SPEECH = 0.6  # openai-whisper's no_speech_threshold
 SKIP_LOGPROB = -1.0  # openai-whisper's logprob_threshold
@@ -23,13 +26,16 @@ SKIP_LOGPROB = -1.0  # openai-whisper's logprob_threshold
 
 @lru_cache(maxsize=1)
 def _normalizer() -> EnglishTextNormalizer:
-    return EnglishTextNormalizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its word list to the garbage collector
+        return EnglishTextNormalizer()
 
 
 @lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
-    """Text after whisper's EnglishTextNormalizer, stripped."""
-    return str(_normalizer()(text)).strip()
+    """Text after whisper's EnglishTextNormalizer, without what is no word (it leaves a "." of "...")."""
+    words = str(_normalizer()(text)).split()
+    return " ".join(word for word in words if any(character.isalnum() for character in word))
 
 
 def counts_as_speech_nsp(no_speech_prob: float) -> bool:
@@ -40,6 +46,13 @@ def counts_as_speech_nsp(no_speech_prob: float) -> bool:
 def escapes_skip_rule(no_speech_prob: float, avg_logprob: float) -> bool:
     """True if openai-whisper's rule would keep the window (HR's event)."""
     return no_speech_prob < SKIP_NO_SPEECH or avg_logprob > SKIP_LOGPROB
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spread, so that every part of a sorted collection is represented."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 @dataclass(frozen=True)

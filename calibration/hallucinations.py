@@ -5,7 +5,7 @@ hr   openai-whisper's skip rule would keep the window: no_speech_prob < 0.6 or a
 text words come out of `whisper.transcribe` with its default options, after EnglishTextNormalizer.
 nsp and hr look at the greedy decoding of the 30 s window(s); a clip counts if one of its windows does.
 
-    python -m calibration.hallucinations --model mini.en --split calibration --out build/labels.jsonl
+    python -m calibration.hallucinations --model mini.en --split calibration --out out/labels.jsonl
 """
 
 from __future__ import annotations
@@ -215,9 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument("--split", default="calibration", choices=("train", "calibration", "test"))
-    parser.add_argument("--data-dir", type=Path, default=None, help="folder with real recordings")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/labels.jsonl"), help="JSON lines file, also the cache"
+        "--data", dest="data_dir", type=Path, default=None, help="folder with real recordings"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/labels.jsonl"), help="JSON lines file, also the cache"
     )
     parser.add_argument("--batch", type=int, default=8, help="clips decoded together")
     parser.add_argument("--quick", action="store_true", help="the corpus's small selection")

@@ -1,6 +1,6 @@
 """Trains the SAEs of every encoder layer in one run: one forward pass feeds all of them.
 
-    python -m calibration.train --model mini.en --corpus out/corpus --data-dir ../shared/data --out build/saes
+    python -m calibration.train --model mini.en --corpus out/corpus --data ../shared/data --out out/saes
 
 Training goes in rounds: fill a buffer with the frames of freshly drawn windows, shuffle, train every layer
     on it once,
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibration.activations import ActivationBuffer, AudioClip, WindowPlan, check_layers, iterate_windows
+from calibration.evaluate import evenly
 from calibration.sae_quality import calibrate_threshold, collect_frames, quality_record, recognition, spliced
 from calibration.sae_training import LayerTrainer
 from whisper_steer.errors import FormatError, UsageError
@@ -225,11 +226,11 @@ def export_saes(
     nonspeech = [clip for clip in clips if clip.kind == "nonspeech"]
     layers = [trainer.layer for trainer in trainers]
     frames = {
-        (name, part): collect_frames(model, _spread(chosen[part::2], 120), max_frames)[layers]
+        (name, part): collect_frames(model, evenly(chosen[part::2], 120), max_frames)[layers]
         for name, chosen in (("speech", speech), ("nonspeech", nonspeech))
         for part in (0, 1)
     }
-    heard = _spread([clip for clip in speech if clip.text], wer_clips)
+    heard = evenly([clip for clip in speech if clip.text], wer_clips)
     audios, texts = [clip.load() for clip in heard], [clip.text for clip in heard]
     plain = recognition(model, audios, texts) if heard else None
     report: dict[str, Any] = {"config": asdict(config), **model_metadata(model), "layers": []}
@@ -262,13 +263,6 @@ def _rounded(sae: SparseAutoencoder, dtype: torch.dtype) -> SparseAutoencoder:
         for weight in (sae.W_enc, sae.W_dec):
             weight.copy_(weight.to(dtype).float())
     return sae
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spread, so that every set is represented."""
-    if len(items) <= count:
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -312,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--corpus", type=Path, default=Path("out/corpus"), help="folder of calibration.synthesis"
     )
-    parser.add_argument("--data-dir", type=Path, default=None, help="folder with real recordings")
+    parser.add_argument(
+        "--data", dest="data_dir", type=Path, default=None, help="folder with real recordings"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/saes"))
     parser.add_argument("--layers", default="all", help="'all' or 0-based numbers: 0,3")
     parser.add_argument("--clips", type=int, default=1500, help="synthetic training clips of each kind")

@@ -173,7 +173,7 @@ def training_clips(
     if not clips:
         raise UsageError(
             f"no training clips in corpus {corpus} or data {data_dir}: "
-            "make a corpus with python -m calibration.synthesis --out out/corpus, or give --data-dir"
+            "make a corpus with python -m calibration.synthesis --out out/corpus, or give --data"
         )
     return clips
 

@@ -1,0 +1,133 @@
+"""Calibration clips heard with a steering on the model: transcripts, WER beside the plain one, rates per
+set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from calibration.activations import cut_window, padded_log_mel
+from calibration.decoding import ClipTranscript, iterate_transcripts
+from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics
+from calibration.fit import Fit
+from calibration.selection import Budget, CalibrationClip
+from whisper_steer.attach import steer
+from whisper_steer.steering import Steering
+
+if TYPE_CHECKING:
+    from whisper.model import Whisper
+
+    from calibration.corpus import Clip
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is computed; the defaults keep fit and sweep under 15 minutes on two cores for mini.en.
+
+    Attributes:
+        screened: windows of speech, and of non-speech, on which every edit is screened.
+        finalists: edits that are heard through `whisper.transcribe`.
+        heard: speech clips on which a finalist's WER is measured.
+    """
+
+    screened: int = 24
+    finalists: int = 3
+    heard: int = 240
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A steering heard on some calibration clips: transcripts by clip, and the WER beside the plain one."""
+
+    transcripts: Mapping[tuple[str, str], ClipTranscript]
+    wer: float
+    wer_plain: float
+
+    @property
+    def rise(self) -> float:
+        return self.wer - self.wer_plain
+
+
+class Calibration:
+    """The model, the calibration clips and the fitted parts; what every stage below needs."""
+
+    def __init__(
+        self, model: Whisper, sets: Mapping[str, Sequence[Clip]], fit: Fit, budget: Budget, effort: Effort
+    ):
+        self.model, self.fit, self.budget, self.effort = model, fit, budget, effort
+        self.sources = {(name, clip.id): clip for name, clips in sets.items() for clip in clips}
+        self.clips = fit.table.clips
+        self.speech = [clip for clip in self.clips if clip.is_speech]
+        self.nonspeech = [clip for clip in self.clips if not clip.is_speech]
+
+    def hear(
+        self,
+        steering: Steering | None,
+        clips: Sequence[CalibrationClip],
+        label: str,
+        *,
+        progress: bool = True,
+    ) -> Heard:
+        """Transcribe clips with the steering at alpha 1 (None: the plain transcripts, nothing is run)."""
+        if steering is None:
+            transcripts = [clip.transcript for clip in clips]
+        else:
+            audios = (self.sources[clip.set, clip.id].load() for clip in clips)
+            with steer(self.model, alpha=1.0, steering=steering, decode_withheld=False):
+                running = iterate_transcripts(self.model, audios)
+                bar = tqdm(running, total=len(clips), desc=label, unit="clip", disable=not progress)
+                transcripts = list(bar)
+        spoken = [(clip, t) for clip, t in zip(clips, transcripts, strict=True) if clip.is_speech]
+        references = [clip.reference or "" for clip, _ in spoken]
+        after = speech_metrics(references, [t.text for _, t in spoken], resamples=1)
+        before = speech_metrics(references, [clip.transcript.text for clip, _ in spoken], resamples=1)
+        return Heard(
+            {(clip.set, clip.id): t for clip, t in zip(clips, transcripts, strict=True)},
+            after.wer.value,
+            before.wer.value,
+        )
+
+    def first_windows(self, clips: Sequence[CalibrationClip]) -> Tensor:
+        """Mels (clips, n_mels, 3000) of the clips' first windows."""
+        mels = []
+        for clip in clips:
+            mel, content = padded_log_mel(self.sources[clip.set, clip.id].load(), self.model.dims.n_mels)
+            mels.append(cut_window(mel, content, 0))
+        return torch.stack(mels)
+
+    def rates(self, heard: Heard) -> dict[str, Any]:
+        """Every set's measures with intervals, plain ones beside them, and the share of speech clips left
+        empty that were not empty before.
+        """
+        rates: dict[str, Any] = {}
+        names = list(dict.fromkeys(clip.set for clip in self.clips))
+        for name in [*names, "all_speech", "all_nonspeech"]:
+            chosen = [
+                clip
+                for clip in self.clips
+                if (clip.set, clip.id) in heard.transcripts
+                and name in (clip.set, "all_speech" if clip.is_speech else "all_nonspeech")
+            ]
+            if not chosen:
+                continue
+            after = [heard.transcripts[clip.set, clip.id] for clip in chosen]
+            if chosen[0].is_speech:
+                references = [clip.reference or "" for clip in chosen]
+                row = speech_metrics(references, [t.text for t in after]).row()
+                plain = speech_metrics(references, [clip.transcript.text for clip in chosen]).row()
+                emptied = [
+                    bool(normalise(clip.transcript.text)) and not normalise(t.text)
+                    for clip, t in zip(chosen, after, strict=True)
+                ]
+                rates[name] = {**row, "wrongly_emptied": sum(emptied) / len(emptied), "plain": plain}
+            else:
+                row = nonspeech_metrics([t.outcome() for t in after]).row()
+                plain = nonspeech_metrics([clip.transcript.outcome() for clip in chosen]).row()
+                rates[name] = {**row, "plain": plain}
+        return rates

@@ -1,0 +1,216 @@
+"""Finds how strong an edit may be, on a few windows: encoder activations are computed once, edits start
+from them.
+
+Cost on speech: how much less likely the plain transcript's tokens become (teacher forcing, one decoder pass).
+Effect on non-speech: greedy decoding of the edited windows, judged by the three definitions.
+Strengths are searched on a log scale, in units of the activations: `size` is the edit's mean length over
+    the mean
+length of what it edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from whisper.tokenizer import get_tokenizer
+
+from calibration.activations import encode_windows, finish_encoder
+from calibration.decoding import greedy_decode
+from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule, normalise
+from whisper_steer.steering import Edit, Gate, LatentEdit, Steering
+
+if TYPE_CHECKING:
+    from whisper.model import Whisper
+
+SIZE_RANGE = (0.003, 4.0)
+MAX_COST = (
+    0.005  # nats per token on speech: what a rise of the WER by 0.2 points is worth, before it is measured
+)
+_BISECTIONS = 5
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An edit's effect on non-speech windows, as shares of them: text = words left after the skip rule."""
+
+    text: float
+    nsp: float
+    hr: float
+    no_speech_prob: float
+    avg_logprob: float
+
+    @property
+    def score(self) -> tuple[float, float, float, float]:
+        """Smaller is better; the means break ties between shares."""
+        return (self.text, self.hr, self.nsp, self.avg_logprob - self.no_speech_prob)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edit at the strength that the screening found best."""
+
+    name: str
+    edit: Edit
+    size: float
+    cost: float
+    effect: Effect
+
+
+class Windows:
+    """A few windows, encoded once."""
+
+    def __init__(self, model: Whisper, mels: Tensor, *, batch: int = 8):
+        self.model = model
+        with torch.no_grad():
+            parts = [encode_windows(model, mels[i : i + batch]) for i in range(0, len(mels), batch)]
+        self.layers = torch.cat(parts, dim=1)  # (layers, windows, 1500, d_model)
+        self.batch = batch
+        self.gate: Tensor | None = None  # (windows, 1500) share of an edit that each frame gets
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Edits are scaled by this gate from now on, as they are on a steered model."""
+        self.gate = None if gate is None else gate.frame_gate(gate.frame_logits(self.layers[gate.layer]))
+
+    def edited(self, edit: Edit | None) -> Tensor:
+        """Encoder output (windows, 1500, d_model) with the edit at alpha 1."""
+        outputs = []
+        for start in range(0, self.layers.shape[1], self.batch):
+            layer = self.layers.shape[0] - 1 if edit is None else edit.layer
+            x = self.layers[layer, start : start + self.batch]
+            if edit is not None:
+                g = None if self.gate is None else self.gate[start : start + self.batch]
+                x = Steering((edit,)).edit(x, layer, 1.0, g)
+            outputs.append(finish_encoder(self.model, x, layer))
+        return torch.cat(outputs)
+
+
+def nominal_length(edit: Edit, x: Tensor) -> float:
+    """Length per unit of strength, over the mean length of x: of the direction, or of the decoded values."""
+    direction = edit.values @ edit.W_dec if isinstance(edit, LatentEdit) else edit.direction
+    return max(float(direction.norm()), 1e-12) / float(x.float().norm(dim=-1).mean())
+
+
+class Screen:
+    """Measures edits on speech windows and non-speech windows.
+
+    Args:
+        speech, nonspeech: mels (windows, n_mels, 3000).
+        gate: scales the edits per frame; None: the papers' way, everywhere.
+    """
+
+    def __init__(self, model: Whisper, speech: Tensor, nonspeech: Tensor, gate: Gate | None):
+        self.model = model
+        self.speech, self.nonspeech = Windows(model, speech), Windows(model, nonspeech)
+        self._tokens = self._plain_tokens(speech)
+        self._plain_loss = self._loss(self.speech.edited(None))
+        self.use_gate(gate)
+
+    def use_gate(self, gate: Gate | None) -> None:
+        self.speech.set_gate(gate)
+        self.nonspeech.set_gate(gate)
+
+    def _plain_tokens(self, mels: Tensor) -> Tensor:
+        """(windows, length): what plain greedy decoding writes, from start to end of text, padded with -1."""
+        tokenizer = get_tokenizer(
+            self.model.is_multilingual,
+            num_languages=self.model.num_languages,
+            language="en",
+            task="transcribe",
+        )
+        rows = []
+        for start in range(0, len(mels), self.speech.batch):
+            for result in greedy_decode(self.model, mels[start : start + self.speech.batch]):
+                rows.append([*tokenizer.sot_sequence, *result.tokens, tokenizer.eot])
+        tokens = torch.full((len(rows), max(map(len, rows))), -1)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+        self._prefix = len(tokenizer.sot_sequence)
+        return tokens
+
+    @torch.no_grad()
+    def _loss(self, features: Tensor) -> float:
+        """Mean negative log-likelihood (nats per token) of the plain tokens."""
+        total, count = 0.0, 0
+        for start in range(0, len(features), self.speech.batch):
+            tokens = self._tokens[start : start + self.speech.batch].to(features.device)
+            logits = self.model.decoder(tokens.clamp_min(0)[:, :-1], features[start : start + len(tokens)])
+            targets = tokens[:, 1:].clone()
+            targets[:, : self._prefix - 1] = -1  # the start sequence is given, not predicted
+            losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="sum")
+            total, count = total + float(losses), count + int((targets >= 0).sum())
+        return total / max(count, 1)
+
+    def cost(self, edit: Edit) -> float:
+        """Rise of the loss on speech, nats per token."""
+        with torch.no_grad():
+            return self._loss(self.speech.edited(edit)) - self._plain_loss
+
+    def effect(self, edit: Edit | None) -> Effect:
+        """Greedy decoding of the non-speech windows with the edit."""
+        with torch.no_grad():
+            features = self.nonspeech.edited(edit)
+        results = []
+        for start in range(0, len(features), self.nonspeech.batch):
+            results += greedy_decode(self.model, features[start : start + self.nonspeech.batch])
+        kept = [escapes_skip_rule(r.no_speech_prob, r.avg_logprob) for r in results]
+        return Effect(
+            text=float(np.mean([k and bool(normalise(r.text)) for k, r in zip(kept, results, strict=True)])),
+            nsp=float(np.mean([counts_as_speech_nsp(r.no_speech_prob) for r in results])),
+            hr=float(np.mean(kept)),
+            no_speech_prob=float(np.mean([r.no_speech_prob for r in results])),
+            avg_logprob=float(np.mean([r.avg_logprob for r in results])),
+        )
+
+    def unit(self, edit: Edit) -> float:
+        """Strength at which the edit is as long as what it edits."""
+        return 1.0 / nominal_length(edit, self.nonspeech.layers[edit.layer])
+
+    def strongest(self, edit: Edit, *, max_cost: float = MAX_COST) -> tuple[float, float]:
+        """(size, cost): the largest size within the cost, by bisection on a log scale; (0, cost of the
+        smallest) if even the smallest costs more.
+        """
+        unit = self.unit(edit)
+
+        def cost_at(size: float) -> float:
+            return self.cost(replace(edit, strength=size * unit))
+
+        low, high = SIZE_RANGE
+        cost_low, cost_high = cost_at(low), cost_at(high)
+        if cost_low > max_cost:
+            return 0.0, cost_low
+        if cost_high <= max_cost:
+            return high, cost_high
+        for _ in range(_BISECTIONS):
+            middle = float(np.sqrt(low * high))
+            cost = cost_at(middle)
+            if cost <= max_cost:
+                low, cost_low = middle, cost
+            else:
+                high = middle
+        return low, cost_low
+
+    def screen(
+        self,
+        name: str,
+        edit: Edit,
+        *,
+        max_cost: float = MAX_COST,
+        fractions: Sequence[float] = (1.0, 0.25, 0.06),
+    ) -> Candidate:
+        """The edit at the best of a few fractions of its strongest size: more is not always better."""
+        size, cost = self.strongest(edit, max_cost=max_cost)
+        if size == 0.0:
+            size = SIZE_RANGE[0]
+            fractions = (1.0,)
+        unit = self.unit(edit)
+        tried = []
+        for fraction in fractions:
+            strong = replace(edit, strength=size * fraction * unit)
+            tried.append(Candidate(name, strong, size * fraction, cost, self.effect(strong)))
+        return min(tried, key=lambda candidate: candidate.effect.score)

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+import whisper
+from calibration_tools import RATE, FakeClip, make_terse_whisper, sound
+
+from calibration.activations import (
+    ActivationBuffer,
+    WindowPlan,
+    encode_clip,
+    encode_windows,
+    finish_encoder,
+    iterate_windows,
+    true_frames,
+    window_mels,
+)
+from whisper_steer.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_terse_whisper(1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "frames"), [(0, 0), (1, 1), (320, 1), (321, 2), (16000, 50), (480_000, 1500), (900_000, 1500)]
+)
+def test_true_frames(samples, frames):
+    assert true_frames(samples) == frames
+
+
+def test_windows_are_those_that_whisper_transcribe_decodes(model, monkeypatch):
+    audio = sound("x", 41.0, speech=True)
+    seen = []
+    original = whisper.decoding.decode
+
+    def spy(self, mel, options):
+        seen.append(mel.clone())
+        result = original(self, mel, options)
+        # no timestamps in the text: transcribe then moves on by whole windows
+        return type(result)(**{**result.__dict__, "tokens": [100], "text": "x", "avg_logprob": 0.0})
+
+    monkeypatch.setattr(whisper.model.Whisper, "decode", spy)
+    whisper.transcribe(model, audio, fp16=False)
+    ours = window_mels(audio, 80)
+    assert len(seen) == len(ours) == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen, ours, strict=True))
+    assert (ours[1][:, 1100:] == 0).all() and (ours[1][:, 1099] != 0).any()
+
+
+def test_all_layers_come_from_one_pass_and_finish_as_the_encoder_does(model):
+    mels = torch.cat([window_mels(sound(name, 3.0, speech=True), 80) for name in "ab"])
+    layers = encode_windows(model, mels)
+    assert layers.shape == (2, 2, 1500, 32) and layers.dtype == torch.float32
+    plain = model.encoder(mels)
+    for layer in range(2):
+        torch.testing.assert_close(finish_encoder(model, layers[layer], layer), plain)
+    assert torch.equal(encode_windows(model, mels, [1])[0], layers[1])
+    assert not any(block._forward_hooks for block in model.encoder.blocks)
+
+
+def test_hooks_are_removed_when_the_encoder_raises(model):
+    with pytest.raises(AssertionError):
+        encode_windows(model, torch.zeros(1, 80, 100))
+    assert not any(block._forward_hooks for block in model.encoder.blocks)
+
+
+def test_unknown_layer(model):
+    with pytest.raises(UsageError, match="layer 2 does not exist: the encoder has layers 0 to 1"):
+        encode_windows(model, torch.zeros(1, 80, 3000), [2])
+
+
+def test_encode_clip_masks_padding_by_true_length(model):
+    audio = sound("y", 31.0, speech=False)
+    clip = encode_clip(model, audio)
+    assert clip.n_true == (1500, 50)
+    assert clip.windows.shape == (2, 2, 1500, 32)
+    assert clip.frames.shape == (2, 1550, 32)
+    assert torch.equal(clip.frames[:, 1500:], clip.windows[:, 1, :50])
+
+
+def test_iterate_windows_batches_without_changing_anything(model):
+    audios = [sound(name, seconds, speech=True) for name, seconds in (("a", 1.0), ("b", 2.5), ("c", 40.0))]
+    found = list(iterate_windows(model, iter(audios), batch=2))
+    assert [n for _, n in found] == [50, 125, 1500]
+    for audio, (activations, _) in zip(audios, found, strict=True):
+        torch.testing.assert_close(activations, encode_windows(model, window_mels(audio, 80)[:1])[:, 0])
+
+
+def plan(share, seed=0, cache_bytes=2**20):
+    clips = [FakeClip(f"c{i}", "speech", 2.0 + i) for i in range(3)]
+    return WindowPlan(clips, seed=seed, packed_share=share, cache_bytes=cache_bytes)
+
+
+def test_plan_repeats_by_seed_and_round_whatever_is_cached():
+    def first(p, round_index):
+        stream = p.windows(round_index)
+        return [next(stream) for _ in range(4)]
+
+    one, other = first(plan(0.5), 0), first(plan(0.5, cache_bytes=0), 0)
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    changed = first(plan(0.5), 1)
+    assert not all(np.array_equal(a, b) for a, b in zip(one, changed, strict=True))
+
+
+def test_packed_windows_are_full_and_single_ones_are_clips():
+    packed = next(plan(1.0).windows(0))
+    assert len(packed) == 30 * RATE and packed.dtype == np.float32
+    single = next(plan(0.0).windows(0))
+    assert len(single) in (2 * RATE, 3 * RATE, 4 * RATE)
+
+
+def test_a_plan_needs_clips():
+    with pytest.raises(UsageError, match="no training clips"):
+        WindowPlan([], seed=0)
+
+
+def test_buffer_capacity_is_whole_batches_within_the_limit():
+    buffer = ActivationBuffer(2, 8, batch=10, max_bytes=2 * 8 * 4 * 35)
+    assert buffer.capacity == 30 and buffer.batches_per_round == 3 and buffer.nbytes == 2 * 8 * 4 * 30
+    with pytest.raises(UsageError, match="cannot hold one batch of 10 frames x 2 layers x 8"):
+        ActivationBuffer(2, 8, batch=10, max_bytes=100)
+
+
+def test_buffer_serves_every_true_frame_once_and_no_padding():
+    buffer = ActivationBuffer(2, 4, batch=10, max_bytes=2 * 4 * 4 * 40)
+    padding = torch.full((2, 1500, 4), -1.0)
+    windows = []
+    for start, n_true in ((0, 15), (15, 7), (22, 30)):
+        window = padding.clone()
+        window[:, :n_true] = torch.arange(start, start + n_true, dtype=torch.float32)[None, :, None]
+        windows.append((window, n_true))
+    buffer.fill(iter(windows))
+    batches = list(buffer.batches([1]))
+    assert [batch.shape for batch in batches] == [(2, 10, 4)] * 4
+    served = torch.cat(batches, dim=1)
+    assert sorted(served[0, :, 0].tolist()) == list(range(40))
+    assert torch.equal(served[0], served[1])  # layers stay aligned
+    assert served[0, :, 0].tolist() != list(range(40))
+    again = torch.cat(list(buffer.batches([1])), dim=1)
+    assert torch.equal(again, served)
+
+
+def test_buffer_says_when_the_audio_ends_too_early():
+    buffer = ActivationBuffer(1, 4, batch=10, max_bytes=10 * 16)
+    with pytest.raises(UsageError, match="ended after 3 frames, the buffer needs 10"):
+        buffer.fill(iter([(torch.zeros(1, 1500, 4), 3)]))

@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+from calibration_tools import RATE, make_terse_whisper, sound
+
+from calibration.activations import encode_clip
+from calibration.gate_fit import (
+    NOBODY,
+    SPEECH,
+    UNCLEAR,
+    balanced_weights,
+    collect_gate_frames,
+    fit_latent_gates,
+    fit_raw_gate,
+    frame_targets,
+    latent_features,
+)
+from calibration.training_clips import TrainingClip
+from whisper_steer.errors import UsageError
+from whisper_steer.sae import SparseAutoencoder
+
+
+def test_targets_leave_a_margin_around_speech():
+    targets = frame_targets(((1.0, 2.0),), n_true=250)
+    assert (targets[50:100] == SPEECH).all()
+    assert (targets[38:50] == UNCLEAR).all() and (targets[100:112] == UNCLEAR).all()
+    assert (targets[:38] == NOBODY).all() and (targets[113:] == NOBODY).all()
+
+
+def test_targets_of_real_recordings_are_unclear_outside_the_intervals():
+    targets = frame_targets(((0.0, 1.0),), n_true=100, silence_is_certain=False)
+    assert (targets[:50] == SPEECH).all() and (targets[50:100] == UNCLEAR).all()
+    assert (targets[100:] == NOBODY).all()  # padding is surely nobody
+
+
+def test_speech_up_to_the_end_keeps_its_margin_out_of_the_padding():
+    targets = frame_targets(((0.0, 2.0),), n_true=100)
+    assert (targets[100:112] == UNCLEAR).all() and targets[113] == NOBODY
+
+
+def test_weights_balance_classes_and_conditions():
+    nobody = np.array([False] * 6 + [True] * 4)
+    groups = ["clean"] * 5 + ["quiet"] + ["tones"] * 4
+    weight, counts = balanced_weights(nobody, groups)
+    assert counts == {"clean": 5, "quiet": 1, "tones": 4}
+    assert weight[nobody].sum() == pytest.approx(weight[~nobody].sum())
+    assert weight[:5].sum() == pytest.approx(weight[5])
+    assert weight.mean() == pytest.approx(1.0)
+
+
+def test_frames_are_drawn_by_class_from_the_right_places():
+    model = make_terse_whisper(1)
+    audio = np.concatenate([np.zeros(RATE, np.float32), sound("s", 1.0, speech=True)])
+    clips = [
+        TrainingClip("s", "speech", "clean", lambda: (audio, ((1.0, 2.0),))),
+        TrainingClip("n", "nonspeech", "tones", lambda: (sound("n", 2.0, speech=False), ())),
+    ]
+    sample = collect_gate_frames(model, clips, per_clip=10, padding_per_clip=3, progress=False)
+    assert sample.counts == {
+        "nobody:nonspeech:tones": 10,
+        "nobody:speech:clean": 10,
+        "padding": 6,
+        "speech:speech:clean": 10,
+    }
+    assert sample.x.shape == (2, 36, 32) and sample.nobody.sum() == 26
+    whole = encode_clip(model, audio).windows[1, 0]
+    for frame in sample.x[1, :10]:  # the speech frames of the first clip
+        nearest = (whole - frame).norm(dim=1).argmin()
+        assert 50 <= nearest < 100
+    with pytest.raises(UsageError, match="hold no speech frames"):
+        collect_gate_frames(model, clips[1:], progress=False)
+
+
+def problem(frames=3000, d=16, seed=0):
+    """Directions 0-2 mean speech, 3-5 other sounds, 6-15 anything; the SAE's latents are those directions."""
+    rng = np.random.default_rng(seed)
+    nobody = rng.random(frames) < 0.5
+    x = 0.3 * np.abs(rng.standard_normal((frames, d)))
+    for latent in range(3):
+        x[:, latent] += np.where(nobody, 0, 1) * rng.random(frames) * 2
+        x[:, latent + 3] += np.where(nobody, 1, 0) * rng.random(frames) * 2
+    sae = SparseAutoencoder(d, d + 4, k=4, layer=1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([torch.eye(d), -torch.ones(4, d)]))  # the last four never fire
+        sae.theta.fill_(0.1)
+    return sae, torch.from_numpy(x.astype(np.float32)), nobody, np.ones(frames)
+
+
+def accuracy(gate, x, nobody):
+    logits = gate.frame_logits(x[None])[0].numpy()
+    return float(((logits > 0) == nobody).mean())
+
+
+def test_gates_find_the_latents_that_matter():
+    sae, x, nobody, weight = problem()
+    gates = fit_latent_gates(sae, x, nobody, weight, sizes=(12, 6, 64))
+    assert sorted(gates) == [6, 12]  # 16 latents fire: no gate of 64
+    assert gates[6].indices.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (gates[6].coef[:3] < 0).all() and (gates[6].coef[3:] > 0).all()
+    held_out = problem(seed=1)
+    assert accuracy(gates[6], held_out[1], held_out[2]) > 0.95
+    assert gates[6].layer == 1 and gates[6].smooth == 1
+    # features as they were in the fit
+    features, unit, kept = latent_features(sae, x, nobody, weight)
+    ours = gates[12].features(x)
+    columns = [int(np.flatnonzero(kept == index)[0]) for index in gates[12].indices.tolist()]
+    np.testing.assert_allclose(ours.numpy(), features[:, columns], rtol=1e-5)
+    assert 16 not in kept
+
+
+def test_raw_gate_is_a_control_on_the_same_frames():
+    sae, x, nobody, weight = problem()
+    gate = fit_raw_gate(1, x, nobody, weight)
+    held_out = problem(seed=1)
+    assert gate.kind == "raw" and accuracy(gate, held_out[1], held_out[2]) > 0.95
+    torch.testing.assert_close(gate.features(x).std(0), torch.ones(16), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_move_the_gate():
+    sae, x, nobody, _ = problem()
+    careful = fit_raw_gate(1, x, nobody, np.where(nobody, 0.05, 1.95))
+    even = fit_raw_gate(1, x, nobody, np.ones(len(nobody)))
+    speech = x[torch.from_numpy(~nobody)][None]
+    assert careful.frame_logits(speech).quantile(0.95) < even.frame_logits(speech).quantile(0.95) - 1

@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.decoding import ClipTranscript, DecodedWindow
+from calibration.gate_fit import NOBODY, SPEECH, UNCLEAR
+from calibration.selection import (
+    Budget,
+    CalibrationClip,
+    choose_gate,
+    evaluate_threshold,
+    lowest_threshold,
+    smoothed,
+    with_frame_gate,
+    with_spread,
+)
+from whisper_steer.steering import Gate
+
+
+def gate(layer=0, smooth=1):
+    return Gate(
+        layer, torch.ones(2), 0.0, None, None, None, "raw", smooth, 0.0, 0.0, 1.0, 0.0,
+        mean=torch.zeros(2), std=torch.ones(2),
+    )  # fmt: skip
+
+
+def clip(name, row, text, reference, set_name="speech"):
+    window = DecodedWindow(0, 200, text, 0.3, -0.2, 0.0)
+    transcript = ClipTranscript(text, (window,), ((0.3, -0.2),), 2.0)
+    return CalibrationClip(name, set_name, reference, transcript, (row,))
+
+
+def calibration(n=10, per_clip=10):
+    """n speech clips of 10 words (rows 0..n-1), all right, and n non-speech clips with words (rows
+    n..2n-1).
+    """
+    words = "red green blue pink grey white black brown orange purple".split()[:per_clip]
+    text = " ".join(words)
+    speech = [clip(f"s{i}", i, text, text) for i in range(n)]
+    return speech + [clip(f"n{i}", n + i, "thank you", None, "noise") for i in range(n)]
+
+
+@pytest.mark.parametrize("width", [1, 9, 31])
+def test_smoothing_is_the_gates_own(width):
+    x = torch.randn(3, 100, 2)
+    logits = gate().frame_logits(x).numpy()
+    np.testing.assert_allclose(smoothed(logits, width), gate(smooth=width).frame_logits(x).numpy(), atol=1e-6)
+
+
+def test_rates_follow_from_the_threshold():
+    clips = calibration(4)
+    logits = np.array([-3.0, -2, -1, 5, -2, 1, 2, 3])
+    result = evaluate_threshold(clips, logits, 0.5)
+    assert result.wer_plain == 0 and result.wer == pytest.approx(10 / 40)  # the fourth clip's words are gone
+    assert result.lost == {"speech": 0.25, "all": 0.25}
+    assert result.text_fpr == 0.25 and result.plain_text_fpr == 1.0
+    assert result.nsp_fpr == 0.25 and result.hr == 0.25
+    assert evaluate_threshold(clips, logits, 99).text_fpr == 1.0
+
+
+def test_threshold_goes_down_to_the_first_window_that_costs_too_much():
+    clips = calibration(10)
+    logits = np.array([-9.0, -8, -7, -6, -5, -4, -3, -2, -1, 0, *np.linspace(-2.5, 9, 10)])
+    strict = lowest_threshold(clips, logits, Budget(wer_rise=0.0, share=0.0, set_share=0.0))
+    assert 0 <= strict < logits[logits > 0].min()
+    result = evaluate_threshold(clips, logits, strict)
+    assert result.wer == 0 and result.lost["all"] == 0
+    # one clip in ten may go: 10 % of the words
+    loose = lowest_threshold(clips, logits, Budget(wer_rise=0.1, share=0.1, set_share=0.1))
+    assert -1 <= loose < 0 and evaluate_threshold(clips, logits, loose).lost["all"] == pytest.approx(0.1)
+    for tight in (Budget(0.09, 0.1, 0.1), Budget(0.1, 0.05, 0.1), Budget(0.1, 0.1, 0.05)):
+        assert lowest_threshold(clips, logits, tight) >= 0
+
+
+def test_between_speech_and_the_rest_the_threshold_takes_the_middle():
+    clips = calibration(3)
+    assert lowest_threshold(clips, np.array([-8.0, -6, -4, 2, 5, 6]), Budget()) == pytest.approx(-1.0)
+
+
+def test_a_window_without_right_words_costs_nothing():
+    clips = calibration(2)
+    invented = replace(
+        clips[1].transcript, text=" x y", windows=(replace(clips[1].transcript.windows[0], text=" x y"),)
+    )
+    clips[1] = replace(clips[1], transcript=invented, reference="nothing like it")
+    logits = np.array([-5.0, 3.0, 1.0, 2.0])
+    result = evaluate_threshold(clips, logits, 2.5)
+    assert result.wer <= result.wer_plain
+    assert result.lost["all"] == 0.5  # but a clip that comes back empty is always a loss
+
+
+def test_no_gain_elsewhere_pays_for_lost_words():
+    """Withholding a clip of wrong words lowers the WER; that must not buy the loss of right ones."""
+    clips = calibration(4)
+    wrong = "a b c d e f g h i j k l m n o p q r s t"
+    window = replace(clips[3].transcript.windows[0], text=wrong)
+    first = replace(
+        clips[3].transcript, text=wrong + " blue", windows=(window, DecodedWindow(300, 100, " blue", 0, 0, 0))
+    )
+    clips[3] = replace(clips[3], transcript=first, reference="blue", rows=(3, 3))
+    logits = np.array([-1.0, -2, -3, 4, 5, 6, 7, 8])
+    budget = Budget(wer_rise=0.05, share=1.0, set_share=1.0)
+    assert lowest_threshold(clips, logits, budget) > -1.0
+
+
+def test_the_better_gate_wins_and_controls_only_take_part():
+    rng = np.random.default_rng(0)
+    clips = calibration(10)
+    good = np.concatenate([rng.normal(-4, 1, (10, 50)), rng.normal(4, 1, (10, 50))]).astype(np.float32)
+    mixed = rng.normal(0, 1, (20, 50)).astype(np.float32)
+    gates = {"good": gate(0), "mixed": gate(1)}
+    logits = {"good": good, "mixed": mixed}
+    choice = choose_gate(gates, logits, clips, Budget())
+    assert choice.name == "good" and choice.result.text_fpr == 0 and choice.result.wer == 0
+    assert choice.gate.threshold == choice.result.threshold and choice.gate.smooth in (9, 15, 21, 31)
+    assert len(choice.table) == 8
+    control = choose_gate(gates, logits, clips, Budget(), eligible=["mixed"])
+    assert control.name == "mixed" and control.result.text_fpr > 0
+    assert {row["gate"] for row in control.table} == {"good", "mixed"}
+
+
+def test_smoothing_helps_where_single_frames_deceive():
+    clips = calibration(5)
+    logits = np.full((10, 200), 4.0, np.float32)
+    logits[:5, 50:100] = -4  # speech lasts
+    logits[5:, 10] = -9  # a click does not
+    choice = choose_gate({"g": gate()}, {"g": logits}, clips, Budget(), smoothings=(1, 9))
+    assert choice.gate.smooth == 9 and choice.result.text_fpr == 0
+
+
+def test_spread_leaves_a_quarter_at_alpha_a_quarter():
+    clips = calibration(8)
+    logits = np.concatenate([np.full((8, 3), -5.0), np.arange(1.0, 9.0)[:, None].repeat(3, 1)]).astype(
+        np.float32
+    )
+    spread = with_spread(replace(gate(), threshold=0.0), logits, clips)
+    limit = spread.window_threshold(0.25)
+    assert (np.arange(1.0, 9.0) > limit).sum() == 2
+    assert spread.window_threshold(1.0) == 0.0
+    nothing = with_spread(replace(gate(), threshold=99.0), logits, clips)
+    assert nothing.spread == 1.0
+
+
+def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, (4, 500)).astype(np.float32)
+    targets = np.full((4, 500), UNCLEAR, np.int8)
+    logits[:2] -= 6
+    logits[2:] += 6
+    targets[:2, :400], targets[2:, :400] = SPEECH, NOBODY
+    fitted = with_frame_gate(gate(), logits, targets)
+    g = fitted.frame_gate(torch.from_numpy(logits))
+    assert (g[:2] == 0).float().mean() >= 0.985
+    assert g[2:].median() == pytest.approx(0.9, abs=0.02)
+    # overlapping classes: finite slope, speech still shut
+    overlapping = with_frame_gate(gate(), logits * 0, targets)
+    assert overlapping.frame_scale == pytest.approx((np.log(9) + np.log(99)) / 0.5, rel=1e-3)
+    assert with_frame_gate(gate(), logits, np.full_like(targets, UNCLEAR)).frame_scale == 1.0
