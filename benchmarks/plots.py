@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from benchmarks.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,19 +28,38 @@ class Point:
     wer: tuple[float, float, float]
 
 
-def frontier(curves: Mapping[str, Sequence[Point]], path: Path, *, title: str, subtitle: str) -> None:
-    """Writes a PNG: text-FPR across, WER up, both in percent with their intervals, alpha beside every point.
+def frontier(
+    panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path, *, title: str, subtitle: str
+) -> None:
+    """Writes a PNG with one panel per group of clips, each with a curve per method: text-FPR across, WER up,
+    both in percent with their intervals, alpha beside every point.
 
-    Points of one curve at the same place share one label. Raises OSError if `path` cannot be written.
+    Points of one curve at the same place share one label. Raises UsageError if `path` cannot be written.
     """
     # the figure's own canvas: no global state, no display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9 if len(panels) == 1 else 7 * len(panels), 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, curves) in zip(row, panels.items(), strict=True):
+        _draw(axes, curves)
+        axes.set_title(name, fontsize=11, loc="left")
+        axes.set_xlabel("text-FPR: non-speech clips that came back with words, %  (left is better)")
+    row[0].set_ylabel("word error rate on speech, %  (down is better)")
+    row[0].legend(frameon=False, loc="best", title="method (bars: 95 % bootstrap)")
+    figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.text(0.01, 0.94, subtitle, fontsize=9, color="#444444", va="center")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
+
+
+def _draw(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
+    """One panel: every method's points in order of alpha, plain Whisper as a star."""
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     for number, (method, points) in enumerate(curves.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         across = [100 * point.text_fpr[0] for point in points]
@@ -60,25 +81,14 @@ def frontier(curves: Mapping[str, Sequence[Point]], path: Path, *, title: str, s
         axes.plot(x, y, marker="*", markersize=13, color="black", linestyle="none", label="plain", zorder=5)
         _label(axes, "plain (α 0)", x, y, "black", -19)
     wers = [100 * point.wer[0] for points in curves.values() for point in points]
-    if wers and min(wers) > 0 and max(wers) > LOG_FROM * min(wers):
+    if min(wers) > 0 and max(wers) > LOG_FROM * min(wers):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_xlabel("text-FPR: non-speech clips that came back with words, %   (left is better)")
-    axes.set_ylabel("word error rate on speech, %   (down is better)")
     axes.margins(x=0.08, y=0.1)
     axes.grid(alpha=0.25, which="both", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    axes.set_title(subtitle, fontsize=9, color="#444444", loc="left")
-    axes.legend(frameon=False, loc="best", title="method (bars: 95 % bootstrap)")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _label(axes: Axes, text: str, x: float, y: float, colour: str, above: float) -> None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.plots import Point
-from whisper_steer.errors import UsageError
 
 NONSPEECH_RATES = ("text_fpr", "nsp_fpr", "hr", "words_per_min")
 SPEECH_RATES = ("wer", "sub", "del", "ins", "empty_speech")
@@ -27,6 +24,7 @@ COLUMNS = (
     *(name + end for name in RATES for end in ("", "_lo", "_hi")), "seconds",
 )  # fmt: skip
 ALL_SPEECH, ALL_NONSPEECH = "all_speech", "all_nonspeech"
+SYNTHETIC, REAL = "_synthetic", "_real"  # ends of the names of a pool's halves
 TARGET_FALL, TARGET_RISE = 0.8, 0.005  # at alpha 1: text-FPR relative, WER absolute
 
 Row = dict[str, Any]
@@ -39,19 +37,28 @@ def _percent(row: Row, name: str, scale: float = 100.0) -> str:
     return f"{value:.1f} [{lo:.1f}, {hi:.1f}]"
 
 
-def pooled_rows(rows: Sequence[Row]) -> Iterator[tuple[str, float, Row, Row]]:
-    """(method, alpha, all_nonspeech row, all_speech row); an empty row where the sets hold no such clips."""
+def pooled_rows(rows: Sequence[Row], half: str = "") -> Iterator[tuple[str, float, Row, Row]]:
+    """(method, alpha, all_nonspeech row, all_speech row), or of one half of both pools; an empty row where
+    there are no such clips."""
     by_setting: dict[tuple[str, float], dict[str, Row]] = {}
     for row in rows:
         by_setting.setdefault((row["method"], row["alpha"]), {})[row["set"]] = row
     for (method, alpha), by_set in by_setting.items():
-        yield method, alpha, by_set.get(ALL_NONSPEECH, {}), by_set.get(ALL_SPEECH, {})
+        yield method, alpha, by_set.get(ALL_NONSPEECH + half, {}), by_set.get(ALL_SPEECH + half, {})
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """A sentence per method: pooled rates at alpha 1 (or the largest below) against plain and the targets."""
+    """Sentences per method: pooled rates at alpha 1 (or the largest below) against plain and the targets; on
+    all clips, then on the synthetic and the real ones where there are both."""
+    lines = []
+    for half, which in (("", ""), (SYNTHETIC, ", synthetic clips"), (REAL, ", real clips")):
+        lines += _sentences(list(pooled_rows(rows, half)), which)
+    return lines
+
+
+def _sentences(pooled: Sequence[tuple[str, float, Row, Row]], which: str) -> list[str]:
     settings: dict[str, dict[float, tuple[Row, Row]]] = {}
-    for method, alpha, silent, spoken in pooled_rows(rows):
+    for method, alpha, silent, spoken in pooled:
         settings.setdefault(method, {})[alpha] = (silent, spoken)
     lines = []
     for method, by_alpha in settings.items():
@@ -74,7 +81,8 @@ def headline(rows: Sequence[Row]) -> list[str]:
                 f"WER {100 * spoken0['wer']:.2f} -> {100 * spoken1['wer']:.2f} % "
                 f"({100 * rise:+.2f} points; target at most +0.5: {verdict})"
             )
-        lines.append(f"{method}, alpha {top:g}: " + "; ".join(parts))
+        if parts:
+            lines.append(f"{method}, alpha {top:g}{which}: " + "; ".join(parts))
     return lines
 
 
@@ -145,33 +153,24 @@ def _set_cell(row: Row) -> str:
     return f"{_percent(row, 'wer')} ({100 * row['empty_speech']:.1f})"
 
 
-def curves(rows: Sequence[Row]) -> dict[str, list[Point]]:
-    """Points of the frontier by method; settings without both rates are left out."""
+def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
+    """Points of the frontier by panel and method: one panel each for synthetic and real clips where both
+    pools have both, else one for all. Settings without both rates are left out."""
+    panels = {"synthetic clips": _points(rows, SYNTHETIC), "real recordings": _points(rows, REAL)}
+    if not all(panels.values()):
+        panels = {"all clips": _points(rows, "")}
+    return {name: points for name, points in panels.items() if points}
+
+
+def _points(rows: Sequence[Row], half: str) -> dict[str, list[Point]]:
     points: dict[str, list[Point]] = {}
-    for method, alpha, silent, spoken in pooled_rows(rows):
+    for method, alpha, silent, spoken in pooled_rows(rows, half):
         if silent.get("text_fpr") is None or spoken.get("wer") is None:
             continue
         across = (silent["text_fpr"], silent["text_fpr_lo"], silent["text_fpr_hi"])
         up = (spoken["wer"], spoken["wer_lo"], spoken["wer_hi"])
         points.setdefault(method, []).append(Point(alpha, across, up))
     return points
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes `path` as a whole or not at all. Raises UsageError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; choose another --out or --json"
-        ) from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-    return path
 
 
 def as_csv(rows: Sequence[Row]) -> str:

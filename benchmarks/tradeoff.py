@@ -4,11 +4,12 @@
     python -m benchmarks.tradeoff --data ../shared/data        # all clips of the test split, real ones too
     python -m benchmarks.tradeoff --model small.en --steering my-steering.safetensors --json rows.json
 
-Per set and pooled (all_speech, all_nonspeech), each with a 95 % bootstrap interval over clips: on non-speech
-text-FPR, nsp-FPR, HR and words per minute; on speech WER with its three parts and the share of clips that
-came back empty. A window that a gate withholds counts as recognised non-speech. Alpha 0 is plain Whisper, bit
-for bit: it is measured once, and its rows stand under every method. Prints tables; writes tradeoff.csv,
-tradeoff.png and about.json to --out, and with --json one flat list of rows.
+Per set and pooled (all_speech, all_nonspeech; synthetic and real clips also apart), each with a 95 %
+bootstrap interval over clips: on non-speech text-FPR, nsp-FPR, HR and words per minute; on speech WER with
+its three parts and the share of clips that came back empty. A window that a gate withholds counts as
+recognised non-speech. Alpha 0 is plain Whisper, bit for bit: it is measured once, and its rows stand under
+every method. Prints tables; writes tradeoff.csv, tradeoff.png and about.json to --out, and with --json one
+flat list of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import plots, reports
-from benchmarks.reports import ALL_NONSPEECH, ALL_SPEECH, COLUMNS, Row
+from benchmarks.files import write_whole
+from benchmarks.reports import ALL_NONSPEECH, ALL_SPEECH, COLUMNS, REAL, SYNTHETIC, Row
 from whisper_steer.errors import MismatchError, UsageError, WhisperSteerError
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 METHODS = {"whisper-steer": "default", "audiosae": "audiosae"}  # method -> name of its bundled steering
-QUICK_CLIPS = 14  # per set: the default settings end within ten minutes on two cores
+QUICK_CLIPS = 12  # per set: the default settings end within ten minutes on two cores
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,24 @@ def _settings(methods: Sequence[str], alphas: Sequence[float]) -> Iterator[tuple
 
 
 def summarise(heard: Mapping[str, Sequence[Heard]]) -> list[Row]:
-    """One row per set, then all_speech and all_nonspeech; what a set cannot measure is None."""
+    """One row per set, then the pools all_speech and all_nonspeech, and where synthetic and real clips are in
+    one also its two halves (all_speech_real, ...). What a set cannot measure is None."""
     from calibration.evaluate import nonspeech_metrics, speech_metrics
 
     def is_speech(items: Sequence[Heard]) -> bool:
         return items[0].clip.kind != "nonspeech"
 
     groups = {name: items for name, items in heard.items() if items}
-    pooled = {
+    pools: dict[str, Sequence[Heard]] = {
         ALL_SPEECH: [item for items in groups.values() if is_speech(items) for item in items],
         ALL_NONSPEECH: [item for items in groups.values() if not is_speech(items) for item in items],
     }
+    for name, items in list(pools.items()):
+        if _audio(items) == "synthetic+real":
+            pools[name + SYNTHETIC] = [item for item in items if item.clip.path is None]
+            pools[name + REAL] = [item for item in items if item.clip.path is not None]
     rows = []
-    for name, items in [*groups.items(), *((name, items) for name, items in pooled.items() if items)]:
+    for name, items in [*groups.items(), *((name, items) for name, items in pools.items() if items)]:
         measured: Mapping[str, float]
         if is_speech(items):
             texts = [item.transcript.text for item in items]
@@ -272,10 +279,10 @@ def run(options: argparse.Namespace) -> None:
     for line in reports.headline(rows):
         console.print(line, highlight=False)
 
-    written = [reports.write_text(options.out / "tradeoff.csv", reports.as_csv(rows))]
-    if points := reports.curves(rows):
+    written = [write_whole(options.out / "tradeoff.csv", reports.as_csv(rows))]
+    if panels := reports.curves(rows):
         picture = options.out / "tradeoff.png"
-        plots.frontier(points, picture, title="What steering saves and what it costs", subtitle=about)
+        plots.frontier(panels, picture, title="What steering saves and what it costs", subtitle=about)
         written.append(picture)
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.tradeoff", *sys.argv[1:]]),
@@ -286,9 +293,9 @@ def run(options: argparse.Namespace) -> None:
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
-    written.append(reports.write_text(options.out / "about.json", text))
+    written.append(write_whole(options.out / "about.json", text))
     if options.json:
-        written.append(reports.write_text(options.json, json.dumps(rows, indent=1, allow_nan=False) + "\n"))
+        written.append(write_whole(options.json, json.dumps(rows, indent=1, allow_nan=False) + "\n"))
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

@@ -16,6 +16,7 @@ from conftest import make_tiny_whisper
 from whisper.model import ModelDimensions, Whisper
 
 from benchmarks import plots, reports, tradeoff
+from benchmarks.files import write_whole
 from benchmarks.plots import Point
 from benchmarks.tradeoff import Heard
 from calibration.corpus import Clip
@@ -70,7 +71,9 @@ def test_summary_counts_by_hand() -> None:
         ],
     }
     rows = {row["set"]: row for row in tradeoff.summarise(sets)}
-    assert list(rows) == ["speech", "real_speech", "noise", "all_speech", "all_nonspeech"]
+    pools = ["all_speech", "all_nonspeech"]
+    halves = [pool + half for pool in pools for half in ("_synthetic", "_real")]
+    assert list(rows) == ["speech", "real_speech", "noise", *pools, *halves]
 
     speech = rows["speech"]
     assert (speech["sub"], speech["del"], speech["ins"]) == pytest.approx((1 / 6, 2 / 6, 0.0))
@@ -88,9 +91,11 @@ def test_summary_counts_by_hand() -> None:
     assert noise["nsp_fpr"] == 0.0  # although no_speech_prob is 0.98
     assert noise["words_per_min"] == pytest.approx(3.0)  # three words in a minute
     assert noise["wer"] is None and noise["empty_speech_hi"] is None
-    assert {k: v for k, v in rows["all_nonspeech"].items() if k != "set"} == {
-        k: v for k, v in noise.items() if k != "set"
-    }
+    assert {**rows["all_nonspeech"], "set": "noise"} == noise
+    assert {**rows["all_speech_synthetic"], "set": "speech"} == speech
+    assert {**rows["all_speech_real"], "set": "real_speech"} == rows["real_speech"]
+    assert rows["all_nonspeech_synthetic"]["text_fpr"] == 1.0
+    assert rows["all_nonspeech_real"]["text_fpr"] == 0.0
     for row in rows.values():
         for name in reports.RATES:
             if row[name] is not None:
@@ -202,9 +207,29 @@ def test_csv_leaves_cells_empty_where_nothing_applies() -> None:
 
 
 def test_curves_join_both_pools() -> None:
-    curves = reports.curves(made_rows())
-    assert curves["whisper-steer"][1] == Point(1.0, (0.03, 0.015, 0.045), (0.044, 0.022, 0.066))
+    panels = reports.curves(made_rows())
+    assert list(panels) == ["all clips"] and list(panels["all clips"]) == ["whisper-steer", "audiosae"]
+    assert panels["all clips"]["whisper-steer"][1] == Point(
+        1.0, (0.03, 0.015, 0.045), (0.044, 0.022, 0.066)
+    )
     assert reports.curves([row for row in made_rows() if row["set"] != "all_speech"]) == {}
+
+
+def test_synthetic_and_real_clips_are_shown_apart() -> None:
+    rows = made_rows()
+    halves = [
+        {**row, "set": row["set"] + half, "wer": row["wer"] and row["wer"] * times}
+        for half, times in (("_synthetic", 1), ("_real", 10))
+        for row in rows
+        if row["set"].startswith("all_")
+    ]
+    panels = reports.curves(rows + halves)
+    assert list(panels) == ["synthetic clips", "real recordings"]
+    assert panels["real recordings"]["audiosae"][1].wer[0] == pytest.approx(2.4)
+    lines = reports.headline(rows + halves)
+    assert len(lines) == 6
+    assert lines[4].startswith("whisper-steer, alpha 1, real clips: text-FPR 60.0 -> 3.0 %")
+    assert "WER 40.00 -> 44.00 % (+4.00 points; target at most +0.5: missed)" in lines[4]
 
 
 def test_points_at_one_place_share_a_label() -> None:
@@ -222,14 +247,19 @@ def test_arms_never_point_backwards() -> None:
     ]
 
 
-@pytest.mark.parametrize("worst", [0.05, 1.2])  # linear and logarithmic axis
-def test_frontier_is_a_png_of_the_stated_size(tmp_path: Path, worst: float) -> None:
+@pytest.mark.parametrize(
+    ("worst", "panels", "size"), [(0.05, ["all"], (1350, 900)), (1.2, ["synthetic", "real"], (2100, 900))]
+)  # a linear and a logarithmic axis
+def test_frontier_is_a_png_of_the_stated_size(
+    tmp_path: Path, worst: float, panels: list[str], size: tuple[int, int]
+) -> None:
     path = tmp_path / "frontier.png"
     points = [Point(0.0, (0.6, 0.5, 0.7), (0.04, 0.03, 0.05)), Point(1.0, (0.0,) * 3, (worst,) * 3)]
-    plots.frontier({"whisper-steer": points}, path, title="title", subtitle="subtitle")
+    curves = dict.fromkeys(panels, {"whisper-steer": points})
+    plots.frontier(curves, path, title="title", subtitle="subtitle")
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == (1350, 900)
+    assert struct.unpack(">II", data[16:24]) == size
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -324,10 +354,10 @@ def test_errors_are_one_line(
 def test_unwritable_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(Exception, match="cannot write .*choose another --out or --json"):
-        reports.write_text(tmp_path / "file" / "rows.json", "[]")
+        write_whole(tmp_path / "file" / "rows.json", "[]")
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
-    path = reports.write_text(tmp_path / "rows.json", "old")
-    reports.write_text(path, "new")
+    path = write_whole(tmp_path / "rows.json", "old")
+    write_whole(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -25,8 +25,8 @@ TARGETS = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 TOP_LEVEL = {
-    ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "benchmarks", "calibration", "pyproject.toml",
-    "sae_weights", "tests", "whisper_steer",
+    ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "benchmarks", "calibration", "docs",
+    "pyproject.toml", "sae_weights", "tests", "whisper_steer",
 }  # fmt: skip
 PUBLIC_NAMES = {
     "__version__", "load_model", "load_steering", "load_sae", "models", "ModelEntry",
