@@ -82,6 +82,8 @@ def bundle_model(checkpoint: Path, out: Path) -> None:
     from calibration.mini_whisper import full_whisper
 
     model, ids, recipe = full_whisper(checkpoint)
+    for parameter in model.parameters():  # what the file holds: the hash must be of the model as loaded
+        parameter.data = parameter.data.half().float()
     demo = make_demo(out / "demo")
     metadata = {
         "base_model": out.name,
@@ -172,7 +174,7 @@ def main() -> None:
     card = commands.add_parser("card", help="measure the model and write card.json")
     card.add_argument("--corpus", type=Path, default=Path("out/corpus"))
     card.add_argument("--saes", type=Path, default=Path("out/saes"))
-    card.add_argument("--data-dir", type=Path)
+    card.add_argument("--data", dest="data_dir", type=Path, help="folder with real recordings")
     for command in (model, card):
         command.add_argument("--out", type=Path, default=Path("sae_weights/mini.en"))
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from calibration import bundle, mini_whisper, synthesis, windows
 from calibration.mini_whisper import Recipe, Trainee, full_whisper, learning_rate, train
 from calibration.windows import IGNORE, Vocabulary, WindowDataset
 from whisper_steer.compact import unpack_model
+from whisper_steer.fileformat import encoder_sha256
 
 pytest.importorskip("espeakng_loader", reason="espeakng-loader is not installed")
 TINY = Recipe(d_model=64, heads=1, encoder_blocks=4, decoder_blocks=1, steps=4, warmup=1)
@@ -155,6 +156,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(corpus, small_batches, tmp_pa
 
     bundle.bundle_model(tmp_path / "whole" / "checkpoint.pt", tmp_path / "toy.en")
     loaded, metadata = unpack_model(tmp_path / "toy.en" / "whisper.safetensors")
+    assert encoder_sha256(loaded) == metadata["encoder_sha256"]
     assert metadata["recipe"]["d_model"] == 64 and metadata["base_model"] == "toy.en"
     assert loaded.alignment_heads.to_dense().tolist() == [[True]]
     assert (

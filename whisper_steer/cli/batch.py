@@ -44,12 +44,14 @@ def run(args: dict[str, Any], writes: bool) -> int:
 
     from whisper.utils import get_writer
 
+    from ..attach import handles_of
     from ..transcribe import transcribe as transcribe_one
 
     writer = get_writer(output_format, output_dir) if writes else None
     written: dict[str, Path] = {}
     whisper_options = {
         **known_options(args),
+        "alpha": None if handles_of(model) else 0.0,  # None: as the model is steered
         "language": fitting_language(model, code, args["task"]),
         "temperature": fallback,
     }
