@@ -38,6 +38,12 @@ def find_command() -> str:
     return found
 
 
+def as_typed(command: str) -> str:
+    """The command as a person in this folder would type it."""
+    path = Path(command)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
 def transcripts(command: str, clips: Sequence[Path], model: str, alpha: float) -> list[dict[str, Any]]:
     """What `whisper-steer transcribe --json` prints, one dict per clip.
 
@@ -74,11 +80,12 @@ def show(model: str, alpha: float) -> None:
     """Prints the three transcripts with alpha 0 and with `alpha`, side by side."""
     folder, command = demo_folder(model), find_command()
     clips = [folder / f"{name}.flac" for name in CLIPS]
+    typed = as_typed(command)
     console = Console(width=None if sys.stdout.isatty() else 110)
     results = []
     for strength in (0.0, alpha):
         files = os.path.join(os.path.relpath(folder), "*.flac")
-        shown = f"$ whisper-steer transcribe {files} --model {model} --alpha {strength:g}"
+        shown = f"$ {typed} transcribe {files} --model {model} --alpha {strength:g}"
         console.print(shown, highlight=False, markup=False, soft_wrap=True)
         results.append(transcripts(command, clips, model, strength))
     spoken = load_metadata(folder.parent / MODEL_FILE).get("demo", {})
@@ -94,7 +101,7 @@ def show(model: str, alpha: float) -> None:
         table.add_row(name, *map(escape, (said, what_came_out(before), what_came_out(after))))
     console.print(table)
     console.print(
-        f"Scores and removed words: whisper-steer compare {os.path.relpath(clips[0])}",
+        f"Scores and removed words: {typed} compare {os.path.relpath(clips[0])}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -66,12 +66,21 @@ def test_demo_shows_before_and_after(
     assert demo.main([]) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
+    assert lines[0].startswith("$ whisper-steer transcribe ")
     assert lines[0].endswith("demo/*.flac --model mini.en --alpha 0") and lines[1].endswith("--alpha 1")
     noise, music, speech = (next(line for line in lines if f"{name}.flac " in line) for name in demo.CLIPS)
     assert noise.split()[1] == "none" and noise.count('"[you]"') == 1 and "(no words)" in noise
     assert music.split()[1] == "unknown"
     assert '"Good evening."' in speech and speech.count('"[you]"') == 2
     assert 'withheld "Thanks for watching!": 99.8 %' in " ".join(shown.split())
+
+
+def test_the_command_is_shown_as_one_would_type_it(
+    command: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert demo.as_typed(str(command)) == "whisper-steer"
+    monkeypatch.chdir(tmp_path)
+    assert demo.as_typed(str(command)) == "bin/whisper-steer"
 
 
 def test_missing_clips_are_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
