@@ -68,11 +68,11 @@ def _sentences(pooled: Sequence[tuple[str, float, Row, Row]], which: str) -> lis
         (silent0, spoken0), (silent1, spoken1) = by_alpha[0.0], by_alpha[top]
         parts = []
         if silent0.get("text_fpr"):
-            fall = 1 - silent1["text_fpr"] / silent0["text_fpr"]
-            verdict = "reached" if fall >= TARGET_FALL else "missed"
+            change = silent1["text_fpr"] / silent0["text_fpr"] - 1
+            verdict = "reached" if change <= -TARGET_FALL else "missed"
             parts.append(
                 f"text-FPR {100 * silent0['text_fpr']:.1f} -> {100 * silent1['text_fpr']:.1f} % "
-                f"({100 * -fall:+.0f} % relative; target -80 %: {verdict})"
+                f"({100 * change:+.0f} % relative; target -80 %: {verdict})"
             )
         if spoken0.get("wer") is not None:
             rise = spoken1["wer"] - spoken0["wer"]

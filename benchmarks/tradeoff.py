@@ -277,7 +277,7 @@ def run(options: argparse.Namespace) -> None:
     for table in reports.tables(rows):
         console.print(table)
     for line in reports.headline(rows):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
     written = [write_whole(options.out / "tradeoff.csv", reports.as_csv(rows))]
     if panels := reports.curves(rows):
