@@ -12,9 +12,9 @@ import argparse
 import csv
 import hashlib
 import json
-import multiprocessing
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -234,6 +234,11 @@ def _write_sets(folder: Path, split: str, quick: bool) -> None:
     (folder / "complete").write_text("1\n")
 
 
+def main_eval(folder: str, split: str, quick: str) -> None:
+    """Entry of the process that `eval_sets` starts."""
+    _write_sets(Path(folder), split, quick == "1")
+
+
 def cache_dir() -> Path:
     """Where generated evaluation audio is kept: $WHISPER_STEER_CACHE, else ~/.cache/whisper-steer."""
     return Path(os.environ.get("WHISPER_STEER_CACHE") or Path.home() / ".cache" / "whisper-steer")
@@ -272,8 +277,9 @@ def eval_sets(split: str, data_dir: Path | str | None = None, quick: bool = Fals
     folder = cache_dir() / f"eval-v{EVAL_VERSION}" / (split + ("-quick" if quick else ""))
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process: espeak-ng keeps state
-            pool.apply(_write_sets, (folder, split, quick))
+        # a fresh process, because espeak-ng keeps state from clip to clip
+        code = "import sys; from calibration.corpus import main_eval; main_eval(*sys.argv[1:])"
+        subprocess.run([sys.executable, "-c", code, str(folder), split, str(int(quick))], check=True)
     sets = {name: list(_synthetic_set(folder, name, split)) for name in _SIZES}
     real = real_clips(data_dir, split)
     if quick:
