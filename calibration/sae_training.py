@@ -235,7 +235,7 @@ class LayerTrainer:
         )
         sae.load_state_dict(self.sae.state_dict())
         sae.theta.copy_(self.form.theta())
-        return sae.fold_input_scale(self.scale).fold_mean(self.mean).eval()
+        return sae.fold_input_scale(self.scale).fold_mean(self.mean).eval().requires_grad_(False)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors under `prefix`."""

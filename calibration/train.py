@@ -60,8 +60,8 @@ class TrainConfig:
     expansion: int = 8
     k: int = 16
     frames: int = 1_500_000
-    batch: int = 4096
-    lr: float = 2e-3
+    batch: int = 2048
+    lr: float = 3e-3
     warm_up: float = 0.05
     decay: float = 0.2
     centre: bool = True
