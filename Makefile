@@ -42,7 +42,8 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(if $(DATA),$(RUN) calibration.corpus --data $(DATA) --out $(OUT)/corpus)
 	@$(RUN) calibration.mini_whisper --corpus $(OUT)/corpus --out $(OUT)/mini --seed 1
 	@$(RUN) calibration.bundle model --checkpoint $(OUT)/mini/checkpoint.pt --out $(MODEL)
-	@$(RUN) calibration.train --model mini.en --layers all --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
+	@$(RUN) calibration.train --model mini.en --layers all --batch 4096 --lr 2e-3 \
+	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes --labels $(OUT)/labels.jsonl \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
