@@ -47,7 +47,8 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes --labels $(OUT)/labels.jsonl \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
-	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) --out $(MODEL)
+	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
+	  --finalists 2 --heard 160 --measured 800 --out $(MODEL)
 	@cp $(OUT)/saes/layer_*.safetensors $(MODEL)/
 	@$(RUN) calibration.bundle card --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
 

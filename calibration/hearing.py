@@ -34,11 +34,13 @@ class Effort:
         screened: windows of speech, and of non-speech, on which every edit is screened.
         finalists: edits that are heard through `whisper.transcribe`.
         heard: speech clips on which a finalist's WER is measured.
+        measured: clips, of all sets, on which what is written is measured; 0: all.
     """
 
     screened: int = 24
     finalists: int = 3
     heard: int = 240
+    measured: int = 0
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ def fit_to_budget(
     raise AssertionError("unreachable")
 
 
+def _measured(calibration: Calibration) -> Sequence[Any]:
+    """The clips on which what is written is measured, evenly from every set."""
+    return evenly(calibration.clips, calibration.effort.measured or len(calibration.clips))
+
+
 def _bare(calibration: Calibration) -> dict[str, Any]:
     return dict(model_metadata(calibration.model))
 
@@ -163,14 +168,14 @@ def find_winner(
         for factor in (1.0, 0.5, 0.25):
             chosen = weakened(candidate, factor)
             steering = Steering((chosen.edit,), choice.gate, _bare(calibration))
-            heard = calibration.hear(steering, calibration.clips, "checking the winner")
+            heard = calibration.hear(steering, _measured(calibration), "checking the winner")
             if heard.rise <= calibration.budget.wer_rise:
                 record["edit"] = {**_candidate_record(chosen), **calibration.fit.recipes[chosen.name]}
                 return steering, heard, record
     # no edit keeps the budget beside the gate: the gate alone does, by its choice
     steering = Steering((), choice.gate, _bare(calibration))
     record["edit"] = None
-    return steering, calibration.hear(steering, calibration.clips, "checking the gate alone"), record
+    return steering, calibration.hear(steering, _measured(calibration), "checking the gate alone"), record
 
 
 def find_audiosae(
@@ -191,7 +196,7 @@ def find_audiosae(
     candidate, heard = fit_to_budget(calibration, affordable[0], None, speech)
     steering = Steering((candidate.edit,), None, _bare(calibration))
     within = heard.rise <= calibration.budget.wer_rise
-    heard = calibration.hear(steering, calibration.clips, "measuring audiosae")
+    heard = calibration.hear(steering, _measured(calibration), "measuring audiosae")
     record = {
         "edit": {**_candidate_record(candidate), **calibration.fit.recipes[candidate.name]},
         "screened": [_candidate_record(other) for other in candidates],
@@ -269,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wer-rise", type=float, default=Budget.wer_rise, help="budget, 0.002 = 0.2 points")
     parser.add_argument("--share", type=float, default=Budget.share, help="speech clips that may lose words")
     parser.add_argument("--gate-kind", choices=GATE_KINDS, default="latents", help="which gates may win")
-    for field in ("screened", "finalists", "heard"):
+    for field in ("screened", "finalists", "heard", "measured"):
         parser.add_argument(f"--{field}", type=int, default=getattr(Effort, field))
     parser.add_argument("--no-audiosae", action="store_true", help="leave the papers' recipe out")
     parser.add_argument("--quick", action="store_true", help="the small calibration sets (as fitted)")
@@ -283,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
     budget = Budget(wer_rise=args.wer_rise, share=args.share)
-    effort = Effort(args.screened, args.finalists, args.heard)
+    effort = Effort(args.screened, args.finalists, args.heard, args.measured)
     calibration = Calibration(model, sets, read_fit(args.fit, model, sets, labels), budget, effort)
     choice = find_gate(calibration, args.gate_kind)
     print(
