@@ -203,7 +203,7 @@ def load_sae(model_name: str, layer: int) -> SparseAutoencoder:
             for path in folder.glob("layer_[0-9][0-9].safetensors")
         }
     )
-    kept = f"layers {layers[0]} to {layers[-1]} are kept" if layers else "none is kept for this model"
+    kept = f"layers {', '.join(map(str, layers))} are kept" if layers else "none is kept for this model"
     raise ModelError(f"no SAE for layer {layer} of {model_name}: {kept}")
 
 
@@ -220,7 +220,7 @@ def _load_plain(name: str, download_root: str | Path | None) -> tuple[Whisper, s
     if name in whisper.available_models():
         return load_openai(name, _download_root(download_root)), name
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return load_path(path)
     if _HUB_ID.fullmatch(name) and path.suffix not in (".pt", ".pth", ".safetensors"):
         return load_hub(name, download_root), name
@@ -243,7 +243,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"device {str(device)!r} cannot be used here ({reason}): pass cpu, or leave it out"

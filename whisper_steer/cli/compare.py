@@ -122,7 +122,6 @@ def _withheld(row: Row) -> Text:
     from rich.text import Text
 
     lines = [
-        f"withheld {window.start:.1f}-{window.end:.1f}: nobody speaks, gate {window.score:.2f}\n"
-        for window in row.withheld
+        f"{window.start:.1f}-{window.end:.1f} withheld, gate {window.score:.2f}\n" for window in row.withheld
     ]
     return Text("".join(lines), style="italic dim")

@@ -8,7 +8,7 @@ import typer
 
 from . import options, values
 from .batch import run
-from .values import optional_float, optional_int, str2bool
+from .values import number, optional_float, optional_int, str2bool
 
 
 def transcribe(
@@ -50,7 +50,9 @@ def transcribe(
         ),
     ] = "transcribe",
     language: options.Language = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature for sampling.")] = 0.0,
+    temperature: Annotated[
+        Any, typer.Option("--temperature", metavar="NUMBER", parser=number, help="Temperature for sampling.")
+    ] = 0.0,
     best_of: Annotated[
         Any,
         typer.Option("--best-of", metavar="INT", parser=optional_int, help="Candidates if temperature > 0."),
@@ -60,11 +62,22 @@ def transcribe(
         typer.Option("--beam-size", metavar="INT", parser=optional_int, help="Beams when temperature is 0."),
     ] = 5,
     patience: Annotated[
-        float | None, typer.Option("--patience", help="Beam search patience (arXiv 2204.05424); None is 1.")
+        Any,
+        typer.Option(
+            "--patience",
+            metavar="NUMBER",
+            parser=number,
+            help="Beam search patience (arXiv 2204.05424); None is 1.",
+        ),
     ] = None,
     length_penalty: Annotated[
-        float | None,
-        typer.Option("--length-penalty", help="Token length penalty (arXiv 1609.08144); None: by length."),
+        Any,
+        typer.Option(
+            "--length-penalty",
+            metavar="NUMBER",
+            parser=number,
+            help="Token length penalty (arXiv 1609.08144); None: by length.",
+        ),
     ] = None,
     suppress_tokens: Annotated[
         str, typer.Option("--suppress-tokens", help="Token ids never to write, by commas; -1: most symbols.")

@@ -29,6 +29,14 @@ def optional_int(text: str) -> int | None:
         raise typer.BadParameter(f"{text!r}: expected a whole number or None") from None
 
 
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected a number") from None
+
+
 def optional_float(text: str) -> float | None:
     """A number or None."""
     try:
