@@ -49,5 +49,6 @@ def _plain(item: Any) -> str:
     if isinstance(item, float):
         return f"{item:.6g}"
     if isinstance(item, list):
-        return " ".join(_plain(part) for part in item)
+        pairs = any(isinstance(part, list) for part in item)
+        return (", " if pairs else " ").join(_plain(part) for part in item)
     return str(item)
