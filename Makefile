@@ -50,7 +50,7 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
 	  --finalists 2 --heard 160 --measured 800 --out $(MODEL)
 	@cp $(OUT)/saes/layer_*.safetensors $(MODEL)/
-	@$(RUN) calibration.bundle card --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
+	@$(RUN) calibration.bundle card --quick --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
 
 clean:  ## remove .venv and caches, keep results
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

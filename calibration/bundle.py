@@ -139,7 +139,7 @@ def measure(model_name: str, data_dir: Path | None, quick: bool = False) -> dict
     return result
 
 
-def bundle_card(out: Path, corpus: Path, saes: Path, data_dir: Path | None) -> None:
+def bundle_card(out: Path, corpus: Path, saes: Path, data_dir: Path | None, quick: bool = False) -> None:
     """Writes out/card.json from the model file, the SAEs' report and a measurement on the test split."""
     metadata = load_metadata(out / "whisper.safetensors", "model")
     report = saes / "report.json"
@@ -147,7 +147,7 @@ def bundle_card(out: Path, corpus: Path, saes: Path, data_dir: Path | None) -> N
         raise FormatError(f"{report} does not exist: run python -m calibration.train first")
     measured = saes.parent / f"test-{metadata['encoder_sha256'][:12]}.json"
     if not measured.is_file():  # ten minutes: kept, so that a new steering does not measure the model again
-        write_json(measured, measure(out.name, data_dir))
+        write_json(measured, measure(out.name, data_dir, quick))
     card = {
         "name": out.name,
         "what": "a Whisper (openai-whisper architecture, .en tokenizer) trained on synthetic speech",
@@ -178,13 +178,14 @@ def main() -> None:
     card.add_argument("--corpus", type=Path, default=Path("out/corpus"))
     card.add_argument("--saes", type=Path, default=Path("out/saes"))
     card.add_argument("--data", dest="data_dir", type=Path, help="folder with real recordings")
+    card.add_argument("--quick", action="store_true", help="a third of the test clips")
     for command in (model, card):
         command.add_argument("--out", type=Path, default=Path("sae_weights/mini.en"))
     options = parser.parse_args()
     if options.command == "model":
         bundle_model(options.checkpoint, options.out)
     else:
-        bundle_card(options.out, options.corpus, options.saes, options.data_dir)
+        bundle_card(options.out, options.corpus, options.saes, options.data_dir, options.quick)
 
 
 if __name__ == "__main__":
