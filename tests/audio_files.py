@@ -43,7 +43,7 @@ def write_float_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path
 
 
 def write_encoded(path: Path, samples: np.ndarray, rate: int, codec: str, *, video: bool = False) -> Path:
-    """Any container that FFmpeg knows by the suffix; samples (n,) mono. `video` adds a black picture stream."""
+    """Any container that FFmpeg knows by the suffix; samples (n,) mono. `video` adds black pictures."""
     with av.open(str(path), "w") as container:
         if video:
             picture = container.add_stream("mpeg4", rate=5)

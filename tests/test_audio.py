@@ -113,7 +113,7 @@ class TestFormats:
         assert abs(len(load_audio(path, sampling_rate=8_000)) - 8_000) <= 32
 
     def test_agrees_with_openai_whisper_decoding(self, tmp_path: Path) -> None:
-        """The same swresample as the ffmpeg command that openai-whisper calls: equal up to its 16-bit rounding."""
+        """As by the ffmpeg command that openai-whisper calls: equal up to its rounding to 16 bits."""
         import av
 
         path = write_wav(tmp_path / "a.wav", tone(1.0, 44_100), 44_100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -274,19 +275,61 @@ class TestHub:
         assert_same(loaded, small)
 
     def test_no_network(self, shelves: Path, tmp_path: Path, offline: None) -> None:
-        with pytest.raises(ModelError, match="someone/whisper-x: .*Hugging Face hub") as error:
+        with pytest.raises(ModelError, match="someone/whisper-x: .* hub cannot be reached") as error:
             zoo.load_model("someone/whisper-x", download_root=tmp_path)
         one_line(error)
 
     def test_errors_of_the_http_library_are_one_line(
         self, shelves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(*args: object, **kwargs: object) -> None:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        def fail(*args: object, local_files_only: bool, **kwargs: object) -> None:
+            if local_files_only:
+                raise LocalEntryNotFoundError("not in the cache")
             raise RuntimeError("\nconnection refused\nfor more see ...")
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
         with pytest.raises(ModelError, match=r"\(connection refused\)") as error:
             zoo.load_model("someone/whisper-x")
+        one_line(error)
+
+    def test_the_cache_is_not_asked_about_over_the_network(
+        self, shelves: Path, tmp_path: Path, small: Whisper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        original, asked = huggingface_hub.hf_hub_download, []
+
+        def spy(repo: str, name: str, **kwargs: Any) -> str:
+            asked.append((name, kwargs["local_files_only"]))
+            return original(repo, name, **kwargs)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", spy)
+        self.put_in_cache(tmp_path, "someone/whisper-test", small)
+        zoo.load_model("someone/whisper-test", download_root=tmp_path)
+        assert asked == [("config.json", True), ("model.safetensors", True), ("generation_config.json", True)]
+
+    def test_a_repository_without_weights(
+        self, shelves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        def only_config(repo: str, name: str, *, local_files_only: bool, **kwargs: object) -> str:
+            if local_files_only:
+                raise LocalEntryNotFoundError("not in the cache")
+            if name != "config.json":
+                raise EntryNotFoundError("404")
+            return str(tmp_path / name)
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", only_config)
+        with pytest.raises(ModelError, match="neither model.safetensors nor pytorch_model.bin") as error:
+            zoo.load_model("someone/whisper-x")
+        one_line(error)
+
+    def test_impossible_id(self, shelves: Path, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="not a hub id") as error:
+            zoo.load_model("someone/x..y--", download_root=tmp_path)
         one_line(error)
 
     def test_listed_as_cached(self, shelves: Path, tmp_path: Path, small: Whisper) -> None:

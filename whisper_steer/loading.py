@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import pickle
 import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,17 +66,50 @@ def load_openai(name: str, download_root: Path) -> Whisper:
 
 
 def load_hub(repo: str, download_root: str | Path | None) -> Whisper:
-    """A transformers model from the Hugging Face hub; only the needed files are fetched, into the hub's cache
-    (or `download_root`), and what is there already is used without a network. Raises ModelError, FormatError.
+    """A transformers model from the Hugging Face hub, by its id.
+
+    What is in the hub's cache (or in `download_root`) already is used without asking the network; else only
+    the needed files are fetched into it. Raises ModelError, FormatError.
     """
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise ModelError(f"{repo} is a hub id, which needs: pip install huggingface_hub") from error
+    try:
+        return load_transformers(_hub_folder(repo, download_root, local_files_only=True))
+    except LocalEntryNotFoundError:
+        logger.info("%s is not in the cache: asking the Hugging Face hub", repo)
+    except ValueError as error:  # not a possible id
+        raise ModelError(f"{repo}: no such file or folder here, and not a hub id") from error
+    try:
+        with _quiet_hub():
+            folder = _hub_folder(repo, download_root, local_files_only=False)
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repo}: no such file or folder here, not in the cache, and the Hugging Face hub cannot be "
+            "reached"
+        ) from error
+    except WhisperSteerError:
+        raise
+    except Exception as error:  # the hub client lets errors of its HTTP library through
+        raise ModelError(
+            f"{repo}: no such file or folder here, and not available from the Hugging Face hub "
+            f"({_first_line(error)})"
+        ) from error
+    return load_transformers(folder)
+
+
+def _hub_folder(repo: str, download_root: str | Path | None, *, local_files_only: bool) -> Path:
+    """The snapshot folder with everything that load_transformers reads.
+
+    Raises the hub client's errors (LocalEntryNotFoundError where a file is not at hand), ModelError.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, cache_dir=download_root))
+        path = hf_hub_download(repo, name, cache_dir=download_root, local_files_only=local_files_only)
+        return Path(path)
 
     def fetch_weights() -> None:
         for name in WEIGHTS:
@@ -86,25 +121,29 @@ def load_hub(repo: str, download_root: str | Path | None) -> Whisper:
                 for shard in shard_names(path) if candidate != name else ():
                     fetch(shard)
                 return
-        raise ModelError(
-            f"{repo}: no {' or '.join(WEIGHTS)} on the hub, or none in the cache without a network"
-        )
+        if local_files_only:
+            raise LocalEntryNotFoundError(f"no {' or '.join(WEIGHTS)}")
+        raise ModelError(f"{repo}: neither {' nor '.join(WEIGHTS)} can be fetched from the Hugging Face hub")
 
-    try:
-        config = fetch(CONFIG)
-        fetch_weights()
-    except WhisperSteerError:
-        raise
-    except Exception as error:  # the hub client lets errors of its HTTP library through
-        raise ModelError(
-            f"{repo}: no such file or folder here, and not available from the Hugging Face hub "
-            f"({_first_line(error)})"
-        ) from error
+    folder = fetch(CONFIG).parent
+    fetch_weights()
     try:
         fetch(GENERATION_CONFIG)  # names the heads for word timestamps; many fine-tuned models lack it
-    except Exception as error:
+    except EntryNotFoundError as error:
         logger.debug("%s: no %s (%s)", repo, GENERATION_CONFIG, error)
-    return load_transformers(config.parent)
+    return folder
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the line that the hub client logs at every retry: one error at the end says it all."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    before = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logger.setLevel(before)
 
 
 def _load_checkpoint(path: Path) -> Whisper:
