@@ -23,6 +23,7 @@ def model() -> Whisper:
     heads = torch.zeros(2, 1, dtype=torch.bool)
     heads[1, 0] = True
     whisper.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
+    whisper.decoder.positional_embedding.data.normal_(std=0.02)  # torch.empty until a checkpoint is loaded
     for parameter in whisper.parameters():  # what float16 can hold
         parameter.data = parameter.data.half().float()
     return whisper.eval()

@@ -208,7 +208,13 @@ def test_two_threads_transcribe_as_one_would(tiny_whisper):
     ):
         alone = [run(seed) for seed in (1, 2)]
         assert alone[0]["text"] != alone[1]["text"]
-        assert in_threads(lambda: run(1), lambda: run(2)) == alone
+        for found, expected in zip(in_threads(lambda: run(1), lambda: run(2)), alone, strict=True):
+            assert found["text"] == expected["text"]
+            for a, b in zip(found["segments"], expected["segments"], strict=True):
+                # sums may differ in the last bits: BLAS looks at how its arrays lie in memory
+                assert a == {**b, "avg_logprob": pytest.approx(b["avg_logprob"], rel=1e-4)} | {
+                    "no_speech_prob": pytest.approx(b["no_speech_prob"], rel=1e-3)
+                }
     assert run(1)["text"] != alone[0]["text"]
 
 
