@@ -174,8 +174,13 @@ class Screen:
     def strongest(self, edit: Edit, *, max_cost: float = MAX_COST) -> tuple[float, float]:
         """(size, cost): the largest size within the cost, by bisection on a log scale; (0, cost of the
         smallest) if even the smallest costs more.
+
+        The cost of an edit that replaces the activation by a reconstruction counts from the reconstruction
+        alone: no strength makes that cheaper.
         """
         unit = self.unit(edit)
+        if isinstance(edit, LatentEdit) and edit.reconstruct:
+            max_cost += max(0.0, self.cost(replace(edit, strength=0.0)))
 
         def cost_at(size: float) -> float:
             return self.cost(replace(edit, strength=size * unit))

@@ -103,7 +103,8 @@ def _errors(reference: str, hypothesis: str) -> WordErrors | None:
 
 
 def _after(clip: CalibrationClip, window_logits: np.ndarray, threshold: float) -> ClipTranscript:
-    return withhold(clip.transcript, [bool(window_logits[row] > threshold) for row in clip.rows])
+    withheld = [bool(window_logits[row] > threshold) for row in clip.rows]
+    return withhold(clip.transcript, withheld) if any(withheld) else clip.transcript
 
 
 def _is_lost(clip: CalibrationClip, after: ClipTranscript) -> bool:

@@ -29,9 +29,10 @@ from calibration.evaluate import evenly, normalise
 from calibration.fit import read_fit
 from calibration.hallucinations import label_clips, print_table
 from calibration.hearing import Calibration, Effort, Heard
-from calibration.screening import Candidate, Screen
+from calibration.screening import MAX_COST, Candidate, Screen
 from calibration.selection import (
     Budget,
+    CalibrationClip,
     GateChoice,
     choose_gate,
     smoothed,
@@ -40,7 +41,7 @@ from calibration.selection import (
 )
 from whisper_steer.errors import UsageError
 from whisper_steer.fileformat import model_metadata
-from whisper_steer.steering import LatentEdit, Steering
+from whisper_steer.steering import Gate, LatentEdit, Steering
 
 logger = logging.getLogger("whisper_steer")
 
@@ -105,19 +106,22 @@ def weakened(candidate: Candidate, factor: float) -> Candidate:
 
 
 def fit_to_budget(
-    calibration: Calibration, candidate: Candidate, gate_choice: GateChoice | None, clips: Sequence[Any]
+    calibration: Calibration,
+    candidate: Candidate,
+    gate: Gate | None,
+    clips: Sequence[CalibrationClip],
+    allowed: float,
 ) -> tuple[Candidate, Heard]:
-    """Halve the strength until the WER on `clips` keeps the budget, at most a few times."""
-    gate = None if gate_choice is None else gate_choice.gate
+    """Halve the strength until the WER on `clips` rises by at most `allowed`, at most a few times."""
     for attempt in range(_HALVINGS + 1):
         heard = calibration.hear(Steering((candidate.edit,), gate, _bare(calibration)), clips, candidate.name)
-        if heard.rise <= calibration.budget.wer_rise or attempt == _HALVINGS:
+        if heard.rise <= allowed or attempt == _HALVINGS:
             return candidate, heard
         candidate = weakened(candidate, 0.5)
     raise AssertionError("unreachable")
 
 
-def _measured(calibration: Calibration) -> Sequence[Any]:
+def _measured(calibration: Calibration) -> Sequence[CalibrationClip]:
     """The clips on which what is written is measured, evenly from every set."""
     return evenly(calibration.clips, calibration.effort.measured or len(calibration.clips))
 
@@ -146,7 +150,9 @@ def find_winner(
     ]
     ranked = []
     for candidate in candidates[: calibration.effort.finalists]:
-        candidate, heard = fit_to_budget(calibration, candidate, choice, [*passing, *speech])
+        candidate, heard = fit_to_budget(
+            calibration, candidate, choice.gate, [*passing, *speech], calibration.budget.wer_rise
+        )
         after = [heard.transcripts[clip.set, clip.id] for clip in passing]
         score = (
             heard.rise > calibration.budget.wer_rise,
@@ -184,8 +190,8 @@ def find_audiosae(
     """AudioSAE's recipe, ungated, at the strength that its own budget allows; None if the fit has no such
     edit.
 
-    Its reconstruction costs recognition at any strength; if the smallest strength exceeds the budget, it is
-    written all the same and the record says so.
+    Its reconstruction costs recognition at any strength. Where that alone exceeds the budget, the budget
+    counts from the WER with the reconstruction, and the record says so.
     """
     names = [name for name in calibration.fit.edits if name.startswith("audiosae")]
     candidates = screen_edits(calibration, None, names, progress=progress)
@@ -193,22 +199,23 @@ def find_audiosae(
         return None
     affordable = [candidate for candidate in candidates if candidate.cost <= _dearest(candidates)]
     speech = evenly(calibration.speech, calibration.effort.heard)
-    candidate, heard = fit_to_budget(calibration, affordable[0], None, speech)
+    unsteered = Steering((replace(affordable[0].edit, strength=0.0),), None, _bare(calibration))
+    base = calibration.hear(unsteered, speech, "reconstruction alone").rise
+    allowed = calibration.budget.wer_rise + max(0.0, base)
+    candidate, _ = fit_to_budget(calibration, affordable[0], None, speech, allowed)
     steering = Steering((candidate.edit,), None, _bare(calibration))
-    within = heard.rise <= calibration.budget.wer_rise
     heard = calibration.hear(steering, _measured(calibration), "measuring audiosae")
     record = {
         "edit": {**_candidate_record(candidate), **calibration.fit.recipes[candidate.name]},
         "screened": [_candidate_record(other) for other in candidates],
-        "within_budget": within and heard.rise <= calibration.budget.wer_rise,
+        "wer_rise_of_reconstruction": base,
+        "within_budget": heard.rise <= calibration.budget.wer_rise,
     }
     return steering, heard, record
 
 
 def _dearest(candidates: Sequence[Candidate]) -> float:
     """What a candidate may cost: the screening's limit, or where nothing keeps it, twice the cheapest."""
-    from calibration.screening import MAX_COST
-
     return max(MAX_COST, 2 * min(candidate.cost for candidate in candidates))
 
 

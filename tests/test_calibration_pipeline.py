@@ -177,7 +177,7 @@ def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, monkeyp
     def costly(self, steering, chosen, label, **options):
         found = original(self, steering, chosen, label, **options)
         heard_with.append(steering)
-        return type(found)(found.transcripts, 1.0, 0.0) if steering.edits else found
+        return type(found)(found.transcripts, 1.0, 0.0, 1.0) if steering.edits else found
 
     monkeypatch.setattr(Calibration, "hear", costly)
     steering, heard, record = sweep.find_winner(calibration, choice, progress=False)

@@ -120,3 +120,17 @@ def test_screening_gives_the_best_fraction(model, mels):
     effect = candidate.effect
     assert effect == screen.effect(candidate.edit)
     assert 0 <= effect.text <= effect.hr <= 1 and effect.nsp == 1.0
+
+
+def test_a_reconstruction_is_judged_beyond_its_own_cost(model, mels):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sae = SparseAutoencoder(32, 64, k=4, layer=1)
+    values = torch.zeros(64)
+    values[:3] = 1.0
+    edit = LatentEdit.from_sae(sae, None, values, reconstruct=True)
+    screen = Screen(model, mels["speech"], mels["tones"], None)
+    base = screen.cost(replace(edit, strength=0.0))
+    assert base > 0.05  # random weights reconstruct badly
+    size, cost = screen.strongest(edit, max_cost=0.05)
+    assert size >= SIZE_RANGE[0] and 0.05 < cost <= base + 0.05
