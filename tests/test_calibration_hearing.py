@@ -1,0 +1,39 @@
+from dataclasses import replace
+
+import pytest
+
+from calibration.decoding import ClipTranscript, DecodedWindow
+from calibration.hearing import compare
+from calibration.selection import CalibrationClip
+
+WORDS = "red green blue pink grey white black brown orange purple"
+
+
+def heard(text):
+    return ClipTranscript(text, (DecodedWindow(0, 200, text, 0.1, -0.2, 0.0),), ((0.1, -0.2),), 2.0)
+
+
+def clip(name, plain, set_name="speech", reference=WORDS):
+    return CalibrationClip(name, set_name, reference, heard(plain), (0,))
+
+
+def test_the_rise_is_over_all_speech_clips():
+    clips = [clip("a", WORDS), clip("b", WORDS)]
+    found = compare(clips, [heard(WORDS), heard(WORDS.replace("red", "rod"))])
+    assert found.wer_plain == 0 and found.wer == pytest.approx(1 / 20) and found.rise == pytest.approx(1 / 20)
+    assert found.transcripts["speech", "b"].text.startswith("rod")
+
+
+def test_words_lost_where_nothing_is_understood_pay_for_nothing():
+    wrong = "never any of this was said " * 5
+    clips = [clip("a", WORDS), clip("b", wrong, "foreign")]
+    found = compare(clips, [heard("red"), heard("")])
+    assert found.wer < found.wer_plain
+    assert found.rise == pytest.approx(0.9)  # over the understood set
+
+
+def test_nonspeech_clips_have_no_words_to_lose():
+    clips = [replace(clip("n", "thank you"), reference=None), clip("a", WORDS)]
+    found = compare(clips, [heard(""), heard(WORDS)])
+    assert found.rise == 0 and set(found.transcripts) == {("speech", "n"), ("speech", "a")}
+    assert compare(clips[:1], [heard("")]).rise == 0
