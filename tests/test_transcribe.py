@@ -381,7 +381,7 @@ DEMO = MINI / "demo"
 class TestBundledModel:
     """The shipped model on the shipped clips: the disease, and the cure."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def mini(self) -> Whisper:
         return whisper_steer.load_model("mini.en", device="cpu")
 
