@@ -166,7 +166,7 @@ def shown(comparison: Comparison, *, colour: bool) -> str:
 
 
 def test_compare_is_shown_with_marks_and_scores() -> None:
-    part = ScoredText(0.0, 2.5, (("Thanks", True), ("all.", False)), 0.98, -0.31, 0.12)
+    part = ScoredText(0.0, 2.5, (("Oh", True), ("thanks", True), ("all.", False)), 0.98, -0.31, 0.12)
     after = ScoredText(0.0, 2.5, (("all.", False), ("new", True)), 0.97, -0.5, 0.12)
     lonely = ScoredText(30.0, 40.0, (("you", True),), 0.9, -0.2, 0.99)
     window = Suppressed(30.0, 40.0, " you", 0.99, 0.9, -0.2)
@@ -179,10 +179,10 @@ def test_compare_is_shown_with_marks_and_scores() -> None:
     comparison = Comparison(transcript, transcript, rows)
     plain = shown(comparison, colour=False)
     assert "\x1b[" not in plain
-    assert "[-Thanks-] all." in plain and "all. {+new+}" in plain and "[-you-]" in plain
+    assert "[-Oh thanks-] all." in plain and "all. {+new+}" in plain and "[-you-]" in plain
     assert "no_speech 0.98  logprob -0.31  gate 0.12" in plain and "test, alpha 0.5" in plain
     assert "30.0-40.0 withheld, gate 0.99" in plain and "50.0-60.0" in plain
-    assert "2 words removed, 1 new, 1 window withheld" in plain
+    assert "3 words removed, 1 new, 1 window withheld" in plain
     coloured = shown(comparison, colour=True)
     assert "\x1b[" in coloured and "[-" not in re.sub(r"\x1b\[[\d;]*m", "", coloured)
     nothing = shown(Comparison(transcript, transcript, ()), colour=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,12 +108,11 @@ def _cell(part: ScoredText | None, coloured: bool, *, added: bool) -> Text:
     if part is None:
         return text
     style, marks = ("bold green", ("{+", "+}")) if added else ("bold red strike", ("[-", "-]"))
-    for i, (word, changed) in enumerate(part.words):
-        if i:
-            text.append(" ")
+    for changed, run in groupby(part.words, key=lambda pair: pair[1]):
+        words = " ".join(word for word, _ in run)
         if changed and not coloured:
-            word = f"{marks[0]}{word}{marks[1]}"
-        text.append(word, style=style if changed else "")
+            words = f"{marks[0]}{words}{marks[1]}"
+        text.append(" " if text else "").append(words, style=style if changed else "")
     scores = {"no_speech": part.no_speech_prob, "logprob": part.avg_logprob, "gate": part.gate}
     line = "  ".join(f"{name} {value:.2f}" for name, value in scores.items() if value is not None)
     return text.append(f"\n{line}", style="dim")
