@@ -36,6 +36,7 @@ from calibration.activations import (
     padded_log_mel,
     true_frames,
 )
+from calibration.command import run
 from calibration.gate_fit import NOBODY, SPEECH, UNCLEAR
 from calibration.hallucinations import Labels, label_clips
 from calibration.selection import CalibrationClip
@@ -313,7 +314,7 @@ def read_fit(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.fit", description=(__doc__ or "").split("\n")[0]
+        prog="python -m calibration.fit", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument("--saes", type=Path, default=Path("out/saes"), help="folder of calibration.train")
@@ -373,4 +374,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

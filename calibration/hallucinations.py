@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from calibration.command import run
 from calibration.decoding import ClipTranscript, DecodedWindow, transcribe_clips
 from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics
 from whisper_steer.errors import FormatError, UsageError
@@ -211,7 +212,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.hallucinations", description=(__doc__ or "").split("\n")[0]
+        prog="python -m calibration.hallucinations", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument("--split", default="calibration", choices=("train", "calibration", "test"))
@@ -237,4 +238,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

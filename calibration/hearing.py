@@ -19,6 +19,7 @@ from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics, w
 from calibration.fit import Fit
 from calibration.selection import Budget, CalibrationClip
 from whisper_steer.attach import steer
+from whisper_steer.errors import UsageError
 from whisper_steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Effort:
     finalists: int = 3
     heard: int = 240
     measured: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("screened", 1), ("finalists", 0), ("heard", 1), ("measured", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}: expected at least {least}")
 
 
 @dataclass(frozen=True)

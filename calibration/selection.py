@@ -8,7 +8,7 @@ transcript, so the WER, the three rates and the share of speech that is lost fol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from calibration.decoding import ClipTranscript, withhold
 from calibration.evaluate import WordErrors, normalise, word_errors
 from calibration.gate_fit import NOBODY, SPEECH
+from whisper_steer.errors import UsageError
 from whisper_steer.gate import MIN_FRAME_GATE, Gate
 
 SMOOTHINGS = (9, 15, 21, 31)
@@ -59,8 +60,16 @@ class Budget:
     share: float = 0.005
     set_share: float = 0.02
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 <= value <= 1:
+                raise UsageError(
+                    f"{name} is {value}: expected a fraction between 0 and 1 (0.002 = 0.2 points)"
+                )
+
     def times(self, factor: float) -> Budget:
-        return Budget(self.wer_rise * factor, self.share * factor, self.set_share * factor)
+        """The budget with every limit multiplied, at most 1."""
+        return Budget(*(min(1.0, value * factor) for value in asdict(self).values()))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ steering-audiosae.safetensors, each with what was measured.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from calibration.command import run
 from calibration.evaluate import evenly, normalise
 from calibration.fit import read_fit
 from calibration.hallucinations import label_clips, print_table
@@ -269,11 +269,13 @@ def print_result(title: str, steering: Steering) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.sweep", description=(__doc__ or "").split("\n")[0]
+        prog="python -m calibration.sweep", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument("--fit", type=Path, default=Path("out/fit"), help="folder of calibration.fit")
-    parser.add_argument("--labels", type=Path, default=Path("out/labels.jsonl"))
+    parser.add_argument(
+        "--labels", type=Path, default=Path("out/labels.jsonl"), help="of calibration.hallucinations"
+    )
     parser.add_argument("--data", dest="data_dir", type=Path, default=None, help="folder of real recordings")
     parser.add_argument(
         "--out", type=Path, default=Path("out/steering"), help="folder for the steering files"
@@ -281,43 +283,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wer-rise", type=float, default=Budget.wer_rise, help="budget, 0.002 = 0.2 points")
     parser.add_argument("--share", type=float, default=Budget.share, help="speech clips that may lose words")
     parser.add_argument("--gate-kind", choices=GATE_KINDS, default="latents", help="which gates may win")
-    for field in ("screened", "finalists", "heard", "measured"):
-        parser.add_argument(f"--{field}", type=int, default=getattr(Effort, field))
-    parser.add_argument("--no-audiosae", action="store_true", help="leave the papers' recipe out")
+    for field, what in (
+        ("screened", "windows on which every edit is screened"),
+        ("finalists", "edits that are heard through whisper.transcribe"),
+        ("heard", "speech clips on which a finalist's WER is measured"),
+        ("measured", "clips on which the result is measured; 0: all"),
+    ):
+        default = getattr(Effort, field)
+        parser.add_argument(f"--{field}", type=int, default=default, help=f"{what} (default: {default})")
+    parser.add_argument("--only", choices=("steering", "audiosae"), help="write one of the two files only")
     parser.add_argument("--quick", action="store_true", help="the small calibration sets (as fitted)")
     args = parser.parse_args(argv)
 
     from calibration.corpus import eval_sets
     from whisper_steer.zoo import load_model
 
+    budget = Budget(wer_rise=args.wer_rise, share=args.share)
+    effort = Effort(args.screened, args.finalists, args.heard, args.measured)
     started = time.monotonic()
     model = load_model(args.model)
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
-    budget = Budget(wer_rise=args.wer_rise, share=args.share)
-    effort = Effort(args.screened, args.finalists, args.heard, args.measured)
     calibration = Calibration(model, sets, read_fit(args.fit, model, sets, labels), budget, effort)
-    choice = find_gate(calibration, args.gate_kind)
-    print(
-        f"gate {choice.name}, smoothed over {choice.gate.smooth} frames: text-FPR "
-        f"{choice.result.plain_text_fpr:.3f} -> {choice.result.text_fpr:.3f}, WER "
-        f"{choice.result.wer_plain:.4f} -> {choice.result.wer:.4f}, lost {dict(choice.result.lost)}"
-    )
-    steering, heard, record = find_winner(calibration, choice)
-    written = [(args.out / "steering.safetensors", finish(calibration, steering, heard, record, "default"))]
-    if not args.no_audiosae:
+    written: list[tuple[Path, Steering]] = []
+    if args.only != "audiosae":
+        choice = find_gate(calibration, args.gate_kind)
+        result = choice.result
+        lost = ", ".join(f"{name} {share:.1%}" for name, share in result.lost.items())
+        print(
+            f"gate {choice.name}, smoothed over {choice.gate.smooth} frames: "
+            f"text-FPR {result.plain_text_fpr:.3f} -> {result.text_fpr:.3f}, "
+            f"WER {result.wer_plain:.4f} -> {result.wer:.4f}, lost {lost}"
+        )
+        winner = finish(calibration, *find_winner(calibration, choice), "default")
+        written.append((args.out / "steering.safetensors", winner))
+    if args.only != "steering":
         found = find_audiosae(calibration)
         if found is not None:
-            written.append(
-                (args.out / "steering-audiosae.safetensors", finish(calibration, *found, "audiosae"))
-            )
-    for path, result in written:
-        result.save(path)
-        print_result(path.name, result)
-    report = {path.stem: result.metadata for path, result in written}
-    (args.out / "sweep.json").write_text(json.dumps(report, default=float) + "\n", encoding="utf-8")
+            recipe = finish(calibration, *found, "audiosae")
+            written.append((args.out / "steering-audiosae.safetensors", recipe))
+    for path, steering in written:
+        steering.save(path)
+        print_result(path.name, steering)
     print(f"{len(written)} steering files in {args.out}, {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibration.activations import ActivationBuffer, AudioClip, WindowPlan, check_layers, iterate_windows
+from calibration.command import run
 from calibration.evaluate import evenly
 from calibration.sae_quality import calibrate_threshold, collect_frames, quality_record, recognition, spliced
 from calibration.sae_training import LayerTrainer
@@ -300,7 +301,7 @@ def parse_layers(text: str) -> list[int] | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.train", description=(__doc__ or "").split("\n")[0]
+        prog="python -m calibration.train", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument(
@@ -346,4 +347,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

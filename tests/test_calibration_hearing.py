@@ -2,9 +2,11 @@ from dataclasses import replace
 
 import pytest
 
+from calibration.command import run
 from calibration.decoding import ClipTranscript, DecodedWindow
-from calibration.hearing import compare
-from calibration.selection import CalibrationClip
+from calibration.hearing import Effort, compare
+from calibration.selection import Budget, CalibrationClip
+from whisper_steer.errors import UsageError
 
 WORDS = "red green blue pink grey white black brown orange purple"
 
@@ -37,3 +39,25 @@ def test_nonspeech_clips_have_no_words_to_lose():
     found = compare(clips, [heard(""), heard(WORDS)])
     assert found.rise == 0 and set(found.transcripts) == {("speech", "n"), ("speech", "a")}
     assert compare(clips[:1], [heard("")]).rise == 0
+
+
+def test_senseless_budgets_and_efforts_are_refused():
+    with pytest.raises(UsageError, match="wer_rise is nan"):
+        Budget(wer_rise=float("nan"))
+    with pytest.raises(UsageError, match="share is -0.1"):
+        Budget(share=-0.1)
+    assert Budget(0.4, 0.5, 0.1).times(4) == Budget(1.0, 1.0, 0.4)
+    with pytest.raises(UsageError, match="screened is 0: expected at least 1"):
+        Effort(screened=0)
+    assert Effort(finalists=0, measured=0).finalists == 0
+
+
+def test_an_error_of_ours_ends_a_command_in_one_line(capsys):
+    def broken():
+        raise UsageError("k is 0: expected at least 1")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run(broken)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "error: k is 0: expected at least 1\n"
+    run(lambda: None)
