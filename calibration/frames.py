@@ -1,4 +1,4 @@
-"""Activation frames on their way to SAE training: units of frames from a source, one unit ahead of the training.
+"""Activation frames on their way to SAE training: units of frames, loaded one ahead of the training.
 
 A *round* is one filling of the shuffled buffer; a *unit* is one shard of a round (one shard unless training
 is split over processes). What a unit holds depends on nothing but the source's seed and its (round, shard)
