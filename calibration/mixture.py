@@ -4,15 +4,18 @@ A data set's chance to be drawn is its weight times the number of its items, ins
 likely. A fixed share of the groups (speakers, source recordings) is held out by hash: it is never drawn, and
 what a trained SAE is calibrated and measured on.
 
-`Mixture.of` makes a mixture of clips at hand, `calibration.manifests.load_mixture` reads one from a file.
+`Mixture.of` makes a mixture of clips at hand, `load_mixture` reads one from a file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,7 +129,11 @@ class _Pool:
 
 
 def is_held_out(group: str, share: float) -> bool:
-    """Whether a group belongs to the held-out share: decided by a hash of its name alone."""
+    """Whether a group belongs to the held-out share: decided by a hash of its name alone.
+
+    So a speaker who is in two data sets under one name (LibriSpeech and Libriheavy share their readers) is on
+    the same side in both.
+    """
     digest = hashlib.sha256(f"whisper-steer:held-out:{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -217,7 +224,11 @@ class Mixture:
         return {domain: items for domain, items in found.items() if items}
 
     def settings(self) -> dict[str, Any]:
-        """Identity of the mixture as JSON-able values: equal for two mixtures that draw the same audio."""
+        """Identity of the mixture as JSON-able values: what a resumed run must find unchanged."""
+        return self._settings
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "datasets": [
@@ -231,6 +242,42 @@ class Mixture:
             ],
             "augmentation": _jsonable(asdict(self.augmentation)) if self.augmentation else None,
         }
+
+    def describe(self) -> tuple[list[str], dict[str, Any]]:
+        """(lines of a table, the same as JSON-able values).
+
+        Hours are of the items whose duration is known without decoding them, None where that is none.
+        """
+        rows: list[dict[str, Any]] = []
+        held = Counter(item.dataset for item in self._held_out)
+        for dataset, chance in zip(self.datasets, self._pool.chances, strict=True):
+            seconds = [item.duration for item in dataset.items if item.duration is not None]
+            rows.append(
+                {
+                    "name": dataset.name,
+                    "weight": float(dataset.weight),
+                    "items": len(dataset.items),
+                    "hours": round(math.fsum(seconds) / 3600, 2) if seconds else None,
+                    "chance": chance,
+                    "domains": dict(Counter(item.domain for item in dataset.items)),
+                    "held_out": held.get(dataset.name, 0),
+                }
+            )
+        record = {
+            "name": self.name,
+            "datasets": rows,
+            "domain_chances": {
+                domain: math.fsum(
+                    row["chance"] * row["domains"].get(domain, 0) / row["items"] for row in rows
+                )
+                for domain in DOMAINS
+            },
+            "augmentation": _jsonable(asdict(self.augmentation)) if self.augmentation else None,
+            "held_out": {domain: len(items) for domain, items in self.held_out().items()},
+            "test_sets": {dataset.name: len(dataset.items) for dataset in self.test_sets},
+            "notes": list(self.notes),
+        }
+        return _table(record), record
 
     def _sources(self, what: str) -> _Pool:
         """The pool that noise or music to add is drawn from; empty where augmentation never asks for it."""
@@ -271,6 +318,19 @@ class Mixture:
         ]
 
 
+def load_mixture(path: Path | str, roots: Mapping[str, Path | None]) -> Mixture:
+    """The mixture that a TOML or YAML file describes, or a bundled one by its name ("mini.en", "audiosae").
+
+    roots: folders that paths such as "@corpus" or "@data/musan" start at, by name. See
+    `calibration.mixture_file` for what can be in the file.
+
+    Raises FormatError: the file cannot be read. UsageError: everything that is wrong in it, in one line.
+    """
+    from calibration.mixture_file import read_mixture
+
+    return read_mixture(path, roots)
+
+
 def items_of(clips: Sequence[Any], dataset: str) -> list[AudioItem]:
     """Clips (see `Mixture.of`) as items of a data set; an AudioItem stays what it is."""
     return [clip if isinstance(clip, AudioItem) else _item_of(clip, dataset) for clip in clips]
@@ -284,7 +344,8 @@ def _item_of(clip: Any, dataset: str) -> AudioItem:
         domain = "music" if what == "music" else "sounds"
     labels = {name: str(value) for name, value in (("kind", kind), ("category", what)) if value}
     path = getattr(clip, "path", None)
-    group = getattr(clip, "group", None) or clip.id
+    # "#" marks a variant of a clip, such as a noisy one
+    group = getattr(clip, "group", None) or clip.id.partition("#")[0]
     return AudioItem(
         clip.id, dataset, domain, group, getattr(clip, "text", None), None, labels, path, clip.load
     )
@@ -298,7 +359,7 @@ def _split(dataset: Dataset, share: float) -> tuple[Sequence[AudioItem], list[Au
     for item in dataset.items:
         group = item.group or item.id
         if group not in decided:
-            decided[group] = is_held_out(f"{dataset.name}:{group}", share)
+            decided[group] = is_held_out(group, share)
         parts[decided[group]].append(item)
     return parts
 
@@ -322,6 +383,32 @@ def _check(
         problems.append(f"the held-out share is {share!r}, expected 0 to below 1")
     if problems:
         raise UsageError("mixture: " + "; ".join(problems))
+
+
+def _table(record: Mapping[str, Any]) -> list[str]:
+    width = max(len("data set"), *(len(row["name"]) for row in record["datasets"]))
+    lines = [
+        f"{'data set':<{width}} {'weight':>6} {'items':>8} {'hours':>8} {'chance':>7} {'held out':>8}  "
+        "domains"
+    ]
+    for row in record["datasets"]:
+        hours = "?" if row["hours"] is None else f"{row['hours']:.1f}"
+        lines.append(
+            f"{row['name']:<{width}} {row['weight']:>6g} {row['items']:>8} {hours:>8} {row['chance']:>7.1%} "
+            f"{row['held_out']:>8}  {', '.join(row['domains'])}"
+        )
+    shares = ", ".join(f"{domain} {share:.1%}" for domain, share in record["domain_chances"].items())
+    held_out = ", ".join(f"{count} {domain}" for domain, count in record["held_out"].items()) or "none"
+    added = record["augmentation"]
+    lines += [
+        f"drawn: {shares}",
+        f"held out: {held_out}",
+        "augmentation: off"
+        if added is None
+        else f"augmentation: noise {added['noise_probability']:.1%}, music {added['music_probability']:.1%}, "
+        f"SNR {added['snr_db'][0]:g} to {added['snr_db'][1]:g} dB",
+    ]
+    return lines + [f"note: {note}" for note in record["notes"]]
 
 
 def _digest(items: Sequence[AudioItem]) -> str:
