@@ -1,12 +1,73 @@
+"""Frames against what the models themselves report, on tiny models of the true classes."""
+
+import json
+import logging
+import sys
+
 import numpy as np
 import pytest
 import torch
 from calibration_tools import make_terse_whisper, sound
+from test_zoo import hf_config, hf_state, one_line, write_hf
+from whisper.model import ModelDimensions, Whisper
 
-from calibration.activations import encode_clip
-from calibration.adapters import WhisperEncoder
-from whisper_steer.errors import AudioError, UsageError
+from calibration.activations import encode_clip, window_mels
+from calibration.adapters import RawAudioEncoder, TransformersWhisperEncoder, WhisperEncoder, load_encoder
+from whisper_steer.convert_hf import to_openai
+from whisper_steer.errors import AudioError, FormatError, ModelError, UsageError
 from whisper_steer.fileformat import model_metadata
+
+# family, feat_extract_norm, do_stable_layer_norm: both kinds of every switch, as in the released models
+RAW = [
+    ("hubert", "group", False),  # base
+    ("hubert", "layer", True),  # large
+    ("hubert", "layer", False),
+    ("wav2vec2", "group", False),  # base
+    ("wav2vec2", "layer", True),  # large-lv60, XLS-R
+    ("wav2vec2", "group", True),
+    ("wavlm", "group", False),  # base, base-plus
+    ("wavlm", "layer", True),  # large
+]
+NAMES = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2", "wavlm": "WavLM"}
+
+
+def raw_model(family="hubert", norm="group", stable=False, head="Model", **changes):
+    """A randomly initialised model, 3 blocks of width 24."""
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": [8] * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "feat_extract_norm": norm,
+        "conv_bias": norm == "layer",
+        "do_stable_layer_norm": stable,
+        "initializer_range": 0.3,  # so that blocks and clips differ clearly
+        "vocab_size": 5,
+        "mask_feature_prob": 0.5,  # SpecAugment, which only training may apply
+        "layerdrop": 0.9,
+        **changes,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{NAMES[family]}Config")(**settings)
+        return getattr(transformers, f"{NAMES[family]}{head}")(config).train()
+
+
+def scaled(audio):
+    return (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
+
+
+CLIPS = [
+    sound("a", 0.41, speech=True),
+    sound("b", 0.7, speech=False),
+    sound("c", 0.41, speech=False),
+    np.zeros(399, np.float32),  # one sample short of a frame
+    sound("d", 0.025, speech=True),  # 400 samples: exactly one
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +78,9 @@ def whisper_model():
 @pytest.fixture(scope="module")
 def openai(whisper_model):
     return WhisperEncoder(whisper_model)
+
+
+# ---------- openai-whisper
 
 
 def test_whisper_frames_are_those_of_encode_clip(openai, whisper_model):
@@ -36,19 +100,29 @@ def test_layers_come_in_the_order_asked_for_and_later_blocks_do_not_run(openai, 
     handle = whisper_model.encoder.blocks[1].register_forward_pre_hook(lambda *_: ran.append(1))
     try:
         assert torch.equal(openai.encode([audio], [0])[0], both[:1]) and not ran
+        openai.encode([audio, audio], [0, 1])
+        assert ran == [1]  # all layers and both clips in one pass
     finally:
         handle.remove()
     assert not any(block._forward_hooks for block in whisper_model.encoder.blocks)
 
 
+def test_an_error_in_the_model_leaves_no_hooks(whisper_model, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(whisper_model.encoder.blocks[1].mlp, "forward", fails)
+    encoder = WhisperEncoder(whisper_model)
+    for _ in range(2):  # the second time shows that the lock was given back
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encoder.encode([CLIPS[0]], [0, 1])
+    assert not any(block._forward_hooks for block in whisper_model.encoder.blocks)
+
+
 def test_whisper_metadata(openai, whisper_model):
     assert openai.metadata() == {**model_metadata(whisper_model), "family": "whisper", "precision": "float32"}
-    assert (openai.n_layers, openai.d_model, openai.frame_samples, openai.max_samples) == (
-        2,
-        32,
-        320,
-        480_000,
-    )
+    assert (openai.n_layers, openai.d_model) == (2, 32)
+    assert (openai.frame_samples, openai.max_samples) == (320, 480_000)
     assert WhisperEncoder(whisper_model, autocast=torch.bfloat16).metadata()["precision"] == "bfloat16"
 
 
@@ -62,4 +136,286 @@ def test_what_cannot_be_encoded_is_said_in_one_line(openai, whisper_model):
         openai.encode([audio.reshape(2, -1)], [0])
     with pytest.raises(UsageError, match="torch.float64"):
         WhisperEncoder(whisper_model, autocast=torch.float64)
+    with pytest.raises(UsageError, match=r"100 positions.*expected 1500"):
+        WhisperEncoder(Whisper(ModelDimensions(80, 100, 32, 1, 1, 100, 8, 32, 1, 1)))
     assert openai.encode([], [0]) == []
+
+
+@pytest.mark.parametrize("family", ["whisper", "hubert", "wavlm"])
+def test_autocast_stays_near_full_precision(whisper_model, family):
+    if family == "whisper":
+        plain, rounded = (WhisperEncoder(whisper_model, autocast=t) for t in (None, torch.bfloat16))
+    else:
+        model = raw_model(family, "layer", True)
+        plain, rounded = (
+            RawAudioEncoder(model, do_normalize=True, autocast=t) for t in (None, torch.bfloat16)
+        )
+    layers = range(plain.n_layers)
+    for exact, near in zip(plain.encode(CLIPS[:2], layers), rounded.encode(CLIPS[:2], layers), strict=True):
+        assert near.dtype == torch.float32 and not torch.equal(exact, near)
+        assert (exact - near).norm() < 0.1 * exact.norm()
+
+
+# ---------- Whisper through transformers
+
+
+def transformers_whisper(model, kind="WhisperForConditionalGeneration"):
+    """The same weights as a transformers model."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        **{**hf_config(model), "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layerdrop": 0.9}
+    )
+    twin = getattr(transformers, kind)(config)
+    state = hf_state(model)
+    if kind == "WhisperModel":
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    else:
+        state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+    twin.load_state_dict(state)
+    return twin.train()
+
+
+@pytest.mark.parametrize("kind", ["WhisperModel", "WhisperForConditionalGeneration"])
+def test_transformers_whisper_gives_the_frames_of_the_same_openai_whisper(openai, whisper_model, kind):
+    twin = TransformersWhisperEncoder(transformers_whisper(whisper_model, kind), name="terse")
+    audios = [CLIPS[0], sound("b", 31.0, speech=False)]
+    for ours, theirs in zip(openai.encode(audios, [0, 1]), twin.encode(audios, [0, 1]), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert twin.metadata() == {**openai.metadata(), "base_model": "terse"}
+    assert (twin.n_layers, twin.d_model, twin.max_samples, twin.family) == (2, 32, 480_000, "whisper")
+
+
+def test_transformers_whisper_layers_are_its_hidden_states(whisper_model):
+    model = transformers_whisper(whisper_model)
+    encoder = TransformersWhisperEncoder(model)
+    with torch.no_grad():
+        out = model.get_encoder()(window_mels(CLIPS[0], 80), output_hidden_states=True)
+        (frames,) = encoder.encode([CLIPS[0]], [0, 1])
+        assert frames.shape == (2, 21, 32)
+        torch.testing.assert_close(frames[0], out.hidden_states[1][0, :21])
+        # the last hidden state is behind the final layer norm, the last layer before it
+        torch.testing.assert_close(model.get_encoder().layer_norm(frames[1]), out.hidden_states[-1][0, :21])
+    # and it goes back to openai-whisper's names unchanged
+    assert set(to_openai(model.state_dict())) == set(whisper_model.state_dict())
+    assert encoder.name == "unnamed"
+
+
+# ---------- HuBERT, wav2vec 2.0, WavLM
+
+
+@pytest.mark.parametrize(("family", "norm", "stable"), RAW)
+def test_raw_layers_are_the_models_hidden_states(family, norm, stable):
+    model = raw_model(family, norm, stable)
+    encoder = RawAudioEncoder(model, do_normalize=True)
+    assert not model.training
+    assert (encoder.family, encoder.n_layers, encoder.d_model) == (family, 3, 24)
+    for clip, frames in zip(CLIPS, encoder.encode(CLIPS, [0, 1, 2]), strict=True):
+        if len(clip) < 400:
+            assert frames.shape == (3, 0, 24)
+            continue
+        with torch.no_grad():
+            out = model(torch.from_numpy(scaled(clip))[None], output_hidden_states=True)
+        assert frames.shape[1] == model._get_feat_extract_output_lengths(torch.tensor(len(clip)))
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        for layer in range(2):
+            torch.testing.assert_close(frames[layer], out.hidden_states[layer + 1][0], **close)
+        normed = model.encoder.layer_norm(frames[2]).detach() if stable else frames[2]
+        torch.testing.assert_close(normed, out.last_hidden_state[0], **close)
+        # releases differ in whether the last hidden state is behind a final layer norm
+        last = out.hidden_states[-1][0]
+        assert min((last - normed).abs().max(), (last - frames[2]).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "norm", "stable"), RAW)
+def test_frames_do_not_depend_on_the_neighbours(family, norm, stable):
+    encoder = RawAudioEncoder(raw_model(family, norm, stable), do_normalize=False)
+    together = encoder.encode(CLIPS, [2, 0])
+    for clip, frames in zip(CLIPS, together, strict=True):
+        torch.testing.assert_close(encoder.encode([clip], [2, 0])[0], frames, rtol=1e-3, atol=1e-4)
+    passes = []
+    handle = encoder._network.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        encoder.encode(CLIPS, [0])
+    finally:
+        handle.remove()
+    # three different lengths have a frame
+    assert len(passes) == (1 if norm == "layer" and family != "wavlm" else 3)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_frame_count_is_the_models_own(family):
+    model = raw_model(family)
+    encoder = RawAudioEncoder(model, do_normalize=False)
+    for n in (400, 719, 720, 721, 16_000, 123_457, 480_000):
+        assert encoder.n_frames(n) == int(model._get_feat_extract_output_lengths(torch.tensor(n)))
+    assert [encoder.n_frames(n) for n in (0, 1, 399, 400, 720, 16_000, 480_000)] == [0, 0, 0, 1, 2, 49, 1499]
+
+
+def test_input_is_normalised_only_if_the_model_wants_it():
+    model = raw_model(norm="layer", stable=True)
+    clip = CLIPS[0] + np.float32(0.05)
+    wants, raw = (RawAudioEncoder(model, do_normalize=choice) for choice in (True, False))
+    torch.testing.assert_close(wants.encode([clip], [0])[0], raw.encode([scaled(clip)], [0])[0])
+    assert not torch.allclose(wants.encode([clip], [0])[0], raw.encode([clip], [0])[0], atol=1e-3)
+    assert wants.metadata() == {**raw.metadata(), "do_normalize": True}
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(clip, sampling_rate=16_000)
+    np.testing.assert_allclose(scaled(clip), theirs["input_values"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_audio_beyond_max_samples_is_encoded_in_pieces():
+    encoder = RawAudioEncoder(raw_model(), do_normalize=False, max_samples=8000)
+    audio = sound("long", 1.26, speech=True)  # 8000 + 8000 + 4160 samples
+    (frames,) = encoder.encode([audio], [1])
+    parts = [encoder.encode([audio[start : start + 8000]], [1])[0] for start in (0, 8000, 16_000)]
+    torch.testing.assert_close(frames, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-5)
+    assert [part.shape[1] for part in parts] == [24, 24, 12] and encoder.max_samples == 8000
+    # a rest that is too short for a frame has none
+    assert encoder.encode([audio[:8100]], [1])[0].shape == (1, 24, 24)
+
+
+def test_the_digest_is_of_the_weights_that_make_the_frames():
+    plain = RawAudioEncoder(raw_model(), do_normalize=False, name="a")
+    model = raw_model(head="ForCTC")
+    model.hubert.load_state_dict(plain._network.state_dict())
+    with torch.no_grad():
+        model.hubert.masked_spec_embed.add_(1)  # for training only
+    below_head = RawAudioEncoder(model, do_normalize=False, name="a")
+    assert below_head.metadata() == plain.metadata()
+    assert torch.equal(below_head.encode(CLIPS[:1], [2])[0], plain.encode(CLIPS[:1], [2])[0])
+    with torch.no_grad():
+        model.hubert.encoder.layers[1].final_layer_norm.bias[0] += 1e-3
+    changed = RawAudioEncoder(model, do_normalize=False, name="a").metadata()
+    assert changed["encoder_sha256"] != plain.metadata()["encoder_sha256"]
+    assert {**changed, "encoder_sha256": plain.metadata()["encoder_sha256"]} == plain.metadata()
+
+
+def test_models_of_another_kind_are_refused(whisper_model):
+    with pytest.raises(UsageError, match="Whisper is not a Whisper: expected transformers' WhisperModel"):
+        TransformersWhisperEncoder(whisper_model)
+    with pytest.raises(UsageError, match="HubertModel is not a Whisper"):
+        TransformersWhisperEncoder(raw_model())
+    with pytest.raises(
+        UsageError, match="Whisper does not hear raw audio: expected transformers' HubertModel"
+    ):
+        RawAudioEncoder(whisper_model, do_normalize=True)
+    with pytest.raises(UsageError, match="max_samples 300 is too short"):
+        RawAudioEncoder(raw_model(), do_normalize=True, max_samples=300)
+
+
+# ---------- load_encoder
+
+
+def write_raw(folder, family="hubert", *, preprocessor=None, head="Model", **model):
+    raw_model(family, head=head, **model).save_pretrained(folder)
+    if preprocessor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_transformers_folder_becomes_a_raw_encoder(tmp_path, family):
+    folder = write_raw(tmp_path / "tiny", family, preprocessor={"do_normalize": False}, norm="layer")
+    encoder = load_encoder(folder, device="cpu", max_samples=16_000)
+    assert isinstance(encoder, RawAudioEncoder)
+    assert (encoder.family, encoder.name, encoder.max_samples) == (family, "tiny", 16_000)
+    direct = RawAudioEncoder(raw_model(family, "layer"), do_normalize=False, name="tiny")
+    assert encoder.metadata() == direct.metadata()
+    assert torch.equal(encoder.encode(CLIPS[:1], [0, 2])[0], direct.encode(CLIPS[:1], [0, 2])[0])
+    rounded = load_encoder(str(folder), device="cpu", dtype=torch.bfloat16)
+    assert rounded.metadata()["precision"] == "bfloat16"
+    assert load_encoder(folder, "cpu", torch.float32).metadata() == encoder.metadata()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16_000}, True),
+        ("preprocessor_config.json", {}, True),  # Wav2Vec2FeatureExtractor's default
+        ("preprocessor_config.json", {"do_normalize": False}, False),
+        ("processor_config.json", {"feature_extractor": {"do_normalize": True}}, True),
+    ],
+)
+def test_the_preprocessor_says_whether_input_is_normalised(tmp_path, name, settings, expected):
+    folder = write_raw(tmp_path / "tiny")
+    (folder / name).write_text(json.dumps(settings))
+    assert load_encoder(folder, "cpu").metadata()["do_normalize"] is expected
+
+
+def test_without_a_preprocessor_input_is_not_normalised_and_a_warning_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="whisper_steer"):
+        encoder = load_encoder(write_raw(tmp_path / "tiny"), "cpu")
+    assert encoder.metadata()["do_normalize"] is False
+    assert [record.message for record in caplog.records if record.name == "whisper_steer"] == [
+        f"{tmp_path / 'tiny'} has no preprocessor_config.json: its input is not normalised"
+    ]
+
+
+def test_a_head_is_left_out_and_half_precision_weights_are_read_as_float32(tmp_path):
+    folder = tmp_path / "ctc"
+    raw_model(head="ForCTC").half().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    encoder = load_encoder(folder, "cpu")
+    assert encoder.metadata()["precision"] == "float32"
+    assert encoder.encode(CLIPS[:1], [2])[0].isfinite().all()
+
+
+def test_whispers_of_all_forms_become_whisper_encoders(tmp_path, whisper_model):
+    hub_like = write_hf(tmp_path / "hf", whisper_model)
+    torch.save(
+        {"dims": vars(whisper_model.dims), "model_state_dict": whisper_model.state_dict()},
+        tmp_path / "terse.pt",
+    )
+    digest = model_metadata(whisper_model)["encoder_sha256"]
+    for path, name in ((hub_like, "hf"), (tmp_path / "terse.pt", "terse")):
+        encoder = load_encoder(path, "cpu")
+        assert isinstance(encoder, WhisperEncoder) and isinstance(encoder.model, Whisper)
+        assert encoder.name == name and encoder.metadata()["encoder_sha256"] == digest
+    assert load_encoder("mini.en", "cpu").metadata()["base_model"] == "mini.en"
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, monkeypatch):
+    def refused(error, path, **arguments):
+        with pytest.raises(error) as caught:
+            load_encoder(path, **{"device": "cpu", **arguments})
+        return one_line(caught)
+
+    other = tmp_path / "bert"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    expected = "is a 'bert' model, which cannot be encoded: expected whisper, hubert, wav2vec2, wavlm"
+    assert refused(ModelError, other) == f"{other} {expected}"
+    (other / "config.json").write_text("{}")
+    assert "has no model_type" in refused(FormatError, other)
+    (other / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused(FormatError, other)
+    assert "unknown model 'tinny'" in refused(ModelError, "tinny")
+    assert "no such file" in refused(ModelError, tmp_path / "absent.pt")
+
+    telephone = write_raw(tmp_path / "8k", preprocessor={"sampling_rate": 8000})
+    assert "made for audio at 8000 Hz: expected 16000" in refused(ModelError, telephone)
+    good = write_raw(tmp_path / "good", preprocessor={})
+    assert "device 'nonsense' cannot be used here" in refused(UsageError, good, device="nonsense")
+    assert "torch.int8" in refused(UsageError, good, dtype=torch.int8)
+    (good / "model.safetensors").write_bytes(b"damaged")
+    assert "transformers cannot load this model" in refused(FormatError, good)
+    (good / "model.safetensors").unlink()
+    assert "transformers cannot load this model" in refused(FormatError, good)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'whisper-steer[hf]'" in refused(ModelError, good)
+
+
+def test_missing_tensors_are_named_and_never_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = write_raw(tmp_path / "tiny", preprocessor={})
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layers.1.attention.k_proj.weight"], weights["masked_spec_embed"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"1 tensors are missing.*: encoder.layers.1.attention.k_proj"):
+        load_encoder(folder, "cpu")
+    weights["encoder.layers.1.attention.k_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError) as caught:
+        load_encoder(folder, "cpu")
+    assert "transformers cannot load this model" in one_line(caught)
