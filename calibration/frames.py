@@ -9,9 +9,9 @@ machine, and a killed run continues with the same frames.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from whisper_steer.errors import AudioError, UsageError
 if TYPE_CHECKING:
     from calibration.adapters import AudioEncoder
     from calibration.plan import WindowPlan
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -120,51 +123,54 @@ class StreamingFrames:
                 yield frames, window.frame_domains(frames.shape[1], self.encoder.frame_samples)
 
 
-class Prefetched:
-    """Iterates over a source's units, loading the next one in a background thread meanwhile.
+class Ahead(Generic[Item, Result]):
+    """Iterates over load(item) for every item, loading the next one in a background thread meanwhile.
 
-    At most two units are in memory: the one in use and the one being loaded. An error in the background is
-    raised where the unit would have been used.
+    At most two results are in memory: the one in use and the one being loaded. An error in the background is
+    raised where the result would have been used.
     """
 
-    def __init__(self, source: FrameSource, units: Sequence[tuple[int, int]], *, background: bool = True):
-        self.source, self.units, self.background = source, list(units), background
+    def __init__(self, load: Callable[[Item], Result], items: Iterable[Item], *, background: bool = True):
+        self.load, self.items, self.background = load, list(items), background
 
-    def __iter__(self) -> Iterator[Frames]:
+    def __iter__(self) -> Iterator[Result]:
         if not self.background:
-            for unit in self.units:
-                yield self.source.load(*unit)
+            yield from map(self.load, self.items)
             return
-        pending: _Loading | None = None
-        for position in range(len(self.units)):
-            loading = pending or _Loading(self.source.load, self.units[position])
-            frames = loading.result()
-            following = position + 1
-            pending = (
-                _Loading(self.source.load, self.units[following]) if following < len(self.units) else None
-            )
-            yield frames
+        loading = _Loading(self.load, self.items[0]) if self.items else None
+        for position in range(1, len(self.items) + 1):
+            if loading is None:
+                return
+            result = loading.result()
+            more = position < len(self.items)
+            loading = _Loading(self.load, self.items[position]) if more else None
+            yield result
 
 
-class _Loading:
+class Prefetched(Ahead[tuple[int, int], Frames]):
+    """A source's units, one ahead."""
+
+    def __init__(self, source: FrameSource, units: Iterable[tuple[int, int]], *, background: bool = True):
+        super().__init__(lambda unit: source.load(*unit), units, background=background)
+
+
+class _Loading(Generic[Item, Result]):
     """One call in a daemon thread (it must not keep a stopped program alive)."""
 
-    def __init__(self, load: Callable[..., Frames], unit: tuple[int, int]):
-        self._frames: Frames | None = None
+    def __init__(self, load: Callable[[Item], Result], item: Item):
+        self._results: list[Result] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(load, unit), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(load, item), daemon=True)
         self._thread.start()
 
-    def _run(self, load: Callable[..., Frames], unit: tuple[int, int]) -> None:
+    def _run(self, load: Callable[[Item], Result], item: Item) -> None:
         try:
-            self._frames = load(*unit)
+            self._results.append(load(item))
         except BaseException as error:  # handed to the thread that waits for the result
             self._error = error
 
-    def result(self) -> Frames:
+    def result(self) -> Result:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        if self._frames is None:
-            raise RuntimeError("a background load ended without a result")
-        return self._frames
+        return self._results.pop()

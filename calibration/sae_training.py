@@ -1,98 +1,94 @@
-"""One layer's SAE while it learns: the step, its optimiser, and what a checkpoint keeps of it.
+"""One SAE while it learns: the step, its optimiser, and what a checkpoint keeps of it.
 
-Training works on z = (x - mean) / scale, with scale such that z has unit root-mean-square norm, so that one
-learning rate and one sparsity fit every layer. `export` folds both into the weights: the exported SAE takes
-x itself.
+Training works on z = (x - mean) / scale, with scale such that z has unit root-mean-square norm (AudioSAE,
+arXiv 2602.05027: "scaled to unit norm"), so that one learning rate and one sparsity fit every layer.
+`export` folds both into the weights: the exported SAE takes x itself.
 
-For BatchTopK and TopK on a CPU only k of n codes per frame are non-zero, and everything after the encoder's
-product runs on those alone (2.6 of 3.2 GFLOP per 1,000 frames saved at d 192, n 1536); the gradients are
-written out below and tested against autograd. Other activations and devices use autograd.
+For BatchTopK, TopK and Matryoshka on a CPU everything after the encoder's product runs on the non-zero codes
+alone; the gradients are written out below and tested against autograd. Other variants and devices use
+autograd.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.collectives import ALONE, Collective
+from calibration.sparse_codes import (
+    LargestOfBatch,
+    SparseCodes,
+    bfloat16_is_fast,
+    largest_of_frame,
+    sparse_products_work,
+)
 from whisper_steer.activation_functions import BatchTopK, JumpReLU, ReLU, TopK, l1_loss, make
+from whisper_steer.errors import UsageError
 from whisper_steer.sae import SparseAutoencoder
 
-# share of the last step's smallest kept value above which a pre-activation is looked at when the largest k
-# x B are sought; only speed depends on it: with fewer candidates than wanted, all are looked at
-_CANDIDATE_MARGIN = 0.8
-
-
-@lru_cache(maxsize=1)
-def sparse_kernels_work() -> bool:
-    """Whether torch's sparse products run here (on a CPU they need MKL)."""
-    with warnings.catch_warnings():
-        # torch says once per process that CSR tensors are in beta
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            offsets, columns = torch.tensor([0, 1]), torch.tensor([0])
-            matrix = torch.sparse_csr_tensor(offsets, columns, torch.ones(1), (1, 1), check_invariants=False)
-            torch.sparse.sampled_addmm(matrix, torch.ones(1, 1), torch.ones(1, 1), beta=0.0)
-            return bool((matrix @ torch.ones(1, 1)).item() == 1)
-        except RuntimeError:
-            return False
+VARIANTS = ("batchtopk", "matryoshka", "topk", "jumprelu", "relu")
+# Matryoshka: the reconstruction from each of these shares of the latents counts equally
+PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 @dataclass(frozen=True)
-class SparseCodes:
-    """Non-zero codes of a batch, row by row: values, their columns, and the offset of each row (CSR).
+class Step:
+    """What one step saw, per frame of its batch.
 
-    order: for a transpose, where its values stood in the original.
+    Attributes:
+        errors: (B,) squared error of z; z has mean squared norm 1, so with centring its mean is the fraction
+            of variance unexplained.
+        active: (B,) latents active in the frame.
     """
 
-    offsets: Tensor
-    columns: Tensor
-    values: Tensor
-    shape: tuple[int, int]
-    order: Tensor | None = None
+    errors: Tensor
+    active: Tensor
+
+    @property
+    def error(self) -> float:
+        return float(self.errors.mean())
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over activations: number of frames, sum (d_model,) and sum of squared norms (), in float64."""
+
+    frames: int
+    total: Tensor
+    squares: Tensor
 
     @classmethod
-    def at(cls, flat: Tensor, values: Tensor, shape: tuple[int, int]) -> SparseCodes:
-        """From ascending flat indices into a (frames, latents) matrix."""
-        rows = torch.div(flat, shape[1], rounding_mode="floor")
-        offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
-        offsets[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
-        return cls(offsets, flat - rows * shape[1], values, shape)
+    def of(cls, x: Tensor) -> Moments:
+        """Of activations x (frames, d_model)."""
+        total = torch.zeros(x.shape[1], dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64)
+        for chunk in x.split(10_000):  # bounds the memory of the float64 copy
+            wide = chunk.double().cpu()
+            total += wide.sum(dim=0)
+            squares += wide.square().sum()
+        return cls(len(x), total, squares)
 
-    def matrix(self, values: Tensor | None = None) -> Tensor:
-        chosen = self.values if values is None else values
-        return torch.sparse_csr_tensor(self.offsets, self.columns, chosen, self.shape, check_invariants=False)
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.frames + other.frames, self.total + other.total, self.squares + other.squares)
 
-    def times(self, weights: Tensor) -> Tensor:
-        """codes (B, n) @ weights (n, d)."""
-        return self.matrix() @ weights
-
-    def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """left[row] . right[column] for every non-zero: left (B, d), right (n, d)."""
-        sampled = torch.sparse.sampled_addmm(self.matrix(), left, right.T.contiguous(), beta=0.0)
-        return sampled.values()
-
-    def transposed(self) -> SparseCodes:
-        """The (n, B) transpose; `order` says where each value went."""
-        order = torch.argsort(self.columns, stable=True)
-        offsets = torch.zeros(self.shape[1] + 1, dtype=torch.int64)
-        offsets[1:] = torch.bincount(self.columns, minlength=self.shape[1]).cumsum(0)
-        rows = torch.repeat_interleave(torch.arange(self.shape[0]), self.offsets.diff())
-        return SparseCodes(offsets, rows[order], self.values[order], (self.shape[1], self.shape[0]), order)
+    def over(self, collective: Collective) -> Moments:
+        """Of all processes together."""
+        return Moments(
+            collective.count(self.frames), collective.sum(self.total), collective.sum(self.squares)
+        )
 
 
-class LayerTrainer:
-    """Trains the SAE of one layer.
+class SAETrainer:
+    """Trains one SAE.
 
     Attributes:
         sae: in the space of z; use `export` for the one to save.
         form: the training form of its activation function.
         mean, scale: of the layer's activations, set by `set_normalisation`.
+        unused_frames: (n_latents,) frames seen since a latent was last active.
     """
 
     def __init__(
@@ -102,123 +98,212 @@ class LayerTrainer:
         n_latents: int,
         *,
         activation: str = "batchtopk",
-        k: int | None = 16,
-        lr: float = 2e-3,
+        k: int | None = 50,
+        lr: float = 2e-4,
         sparsity: float = 1.0,
+        auxiliary: float = 0.0,
+        dead_after: int = 1_000_000,
         seed: int = 0,
         sparse: bool | None = None,
+        screen: bool | None = None,
+        device: str | torch.device = "cpu",
+        autocast: bool = False,
+        collective: Collective = ALONE,
     ):
-        """sparsity: weight of the sparsity loss of jumprelu (target k) and relu (L1). sparse: None = where
-        it works.
+        """activation: one of VARIANTS. sparsity: weight of the sparsity loss of jumprelu (target k) and relu
+        (L1). auxiliary: weight of the loss that revives dead latents (Gao et al. 2024, arXiv 2406.04093,
+        take 1/32); 0 leaves it out, as AudioSAE does. dead_after: frames without activation after which a
+        latent counts as dead. sparse: written-out sparse gradients; screen: candidates found in bfloat16
+        (see `LargestOfBatch`); None: where they are fast. autocast: products in bfloat16 (CUDA).
+        collective: the processes that share this SAE's gradients.
+
+        Raises UsageError: an unknown variant, or one that lacks its k.
         """
+        if activation not in VARIANTS:
+            raise UsageError(f"activation is {activation!r}: expected one of {', '.join(VARIANTS)}")
+        self.variant = activation
+        form = "batchtopk" if activation == "matryoshka" else activation
+        device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1009 + layer)
-            self.sae = SparseAutoencoder(d_model, n_latents, activation=activation, k=k, layer=layer)
+            self.sae = SparseAutoencoder(d_model, n_latents, activation=form, k=k, layer=layer)
         # JumpReLU's thresholds must live where pre-activations of a unit-norm input do, or no gradient
         # reaches them
-        options: dict[str, Any] = (
-            {"initial_theta": 0.05, "bandwidth": 0.05} if activation == "jumprelu" else {}
-        )
-        self.form: BatchTopK | TopK | JumpReLU | ReLU = make(activation, n_latents, k, **options)
-        self.form.train()
-        self.layer, self.k, self.sparsity = layer, k, sparsity
-        by_topk = isinstance(self.form, (BatchTopK, TopK))
-        self.sparse = by_topk and (sparse_kernels_work() if sparse is None else sparse)
+        options: dict[str, Any] = {"initial_theta": 0.05, "bandwidth": 0.05} if form == "jumprelu" else {}
+        self.form: BatchTopK | TopK | JumpReLU | ReLU = make(form, n_latents, k, **options)
+        self.form.train().to(device)
+        self.sae.to(device)
+        self.layer, self.k, self.sparsity, self.seed = layer, k, sparsity, seed
+        self.auxiliary, self.dead_after = auxiliary, dead_after
+        self.collective, self.autocast = collective, autocast
+        by_topk = isinstance(self.form, (BatchTopK, TopK)) and device.type == "cpu"
+        self.sparse = by_topk and (sparse_products_work() if sparse is None else sparse)
         self.base_lr = lr
         parameters = [*self.sae.parameters(), *self.form.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
-        self.mean = torch.zeros(d_model)
+        self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
+        self.mean = torch.zeros(d_model, device=device)
         self.scale = 1.0
-        self._last_smallest = 0.0
+        self.unused_frames = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self._choose = LargestOfBatch(k or 0, screen=bfloat16_is_fast() if screen is None else screen)
+        shares = PREFIXES if activation == "matryoshka" else (1.0,)
+        self.prefixes = tuple(sorted({max(1, round(share * n_latents)) for share in shares}))
 
     def set_normalisation(self, x: Tensor, *, centre: bool) -> None:
         """Take mean and scale from activations x (frames, d_model); b_dec then starts at the mean of z,
         zero.
         """
-        mean = x.double().mean(dim=0) if centre else torch.zeros(x.shape[1], dtype=torch.float64)
-        self.mean = mean.float()
-        self.scale = float((x.double() - mean).square().sum(dim=1).mean().sqrt()) or 1.0
+        self.set_moments(Moments.of(x), centre=centre)
+
+    def set_moments(self, moments: Moments, *, centre: bool) -> None:
+        """As `set_normalisation`, from sums over frames."""
+        mean = moments.total / moments.frames if centre else torch.zeros_like(moments.total)
+        variance = moments.squares / moments.frames - mean.square().sum()
+        self.mean = mean.float().to(self.mean.device)
+        self.scale = float(variance.clamp_min(0).sqrt()) or 1.0
 
     def normalised(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.scale
+        return (x.to(self.mean.device).float() - self.mean) / self.scale
 
-    def step(self, x: Tensor, *, lr_factor: float = 1.0, sparsity_factor: float = 1.0) -> float:
-        """One optimiser step on activations x (frames, d_model); returns the mean squared error per frame
-        of z (z has mean squared norm 1, so with centring this is the fraction of variance unexplained).
-        """
+    @property
+    def alive(self) -> float:
+        """Share of latents that were active within the last `dead_after` frames."""
+        return float((self.unused_frames < self.dead_after).float().mean())
+
+    def step(self, x: Tensor, *, lr_factor: float = 1.0, sparsity_factor: float = 1.0) -> Step:
+        """One optimiser step on activations x (frames, d_model)."""
         z = self.normalised(x)
         self.optimizer.zero_grad(set_to_none=True)
-        error = self._sparse_gradients(z) if self.sparse else self._dense_gradients(z, sparsity_factor)
+        taken = self._sparse_gradients(z) if self.sparse else self._dense_gradients(z, sparsity_factor)
+        self._share_gradients()
         self._keep_gradient_tangential()
         for group in self.optimizer.param_groups:
             group["lr"] = self.base_lr * lr_factor
         self.optimizer.step()
         with torch.no_grad():
             self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
-        return error
+        return taken
 
-    def _dense_gradients(self, z: Tensor, sparsity_factor: float) -> float:
-        pre = self.sae.pre_activations(z)
+    def _share_gradients(self) -> None:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        self.collective.mean_([gradient for gradient in gradients if gradient is not None])
+
+    # ---------- autograd
+
+    def _dense_gradients(self, z: Tensor, sparsity_factor: float) -> Step:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+            pre = self.sae.pre_activations(z)
+        pre = pre.float()
         codes = self.form(pre)
-        error = (self.sae.decode(codes) - z).square().sum(dim=1).mean()
-        loss = error
+        errors = torch.zeros(len(z), device=z.device)
+        reconstruction = self.sae.b_dec
+        begin = 0
+        for end in self.prefixes:
+            with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+                part = codes[:, begin:end] @ self.sae.W_dec[begin:end]
+            reconstruction = reconstruction + part.float()
+            residual = reconstruction - z
+            last = residual.square().sum(dim=1)
+            errors = errors + last / len(self.prefixes)
+            begin = end
+        loss = errors.mean()
         if isinstance(self.form, JumpReLU):
-            target = None if self.k is None else float(self.k)
-            loss = loss + self.sparsity * sparsity_factor * self.form.l0_loss(pre, target=target)
+            loss = loss + self.sparsity * sparsity_factor * self._target_loss(pre)
         elif isinstance(self.form, ReLU):
             loss = loss + self.sparsity * sparsity_factor * l1_loss(codes, self.sae.W_dec)
+        active = codes.detach() > 0
+        loss = loss + self._auxiliary_loss(z, residual.detach(), active.any(dim=0))
         loss.backward()
-        return float(error.detach())
+        return Step(last.detach(), active.sum(dim=1))
+
+    def _target_loss(self, pre: Tensor) -> Tensor:
+        """(L0 / k - 1)^2 with L0 over all processes; without k, L0 itself."""
+        if not isinstance(self.form, JumpReLU):
+            raise TypeError("only JumpReLU has a target loss")
+        l0 = self.form.l0_loss(pre)
+        if self.k is None:
+            return l0
+        everyones = self.collective.sum(l0.detach()) / self.collective.size
+        # the same gradient as of the square over everyone's frames; the mean over processes completes it
+        return 2 * (everyones / self.k - 1) / self.k * l0
+
+    # ---------- the same by hand, from the non-zero codes
 
     @torch.no_grad()
-    def _sparse_gradients(self, z: Tensor) -> float:
-        """The same loss and gradients as autograd's, from the non-zero codes alone.
+    def _sparse_gradients(self, z: Tensor) -> Step:
+        """Loss and gradients as autograd's, from the non-zero codes alone.
 
         error = mean_i |x^_i - z_i|^2, g = d error / d x^ = 2 (x^ - z) / B. Then dW_dec = f^T g, db_dec =
         sum g, and for each non-zero code d pre = g_i . W_dec[j] (ReLU's slope is 1 there), dW_enc = (d
-        pre)^T z, db_enc = sum.
+        pre)^T z, db_enc = sum. With Matryoshka's prefixes a group of latents gets the sum of the g of every
+        prefix that it is in.
         """
         sae = self.sae
-        pre = sae.pre_activations(z)
-        codes = self._largest(pre)
-        difference = codes.times(sae.W_dec) + sae.b_dec - z
-        g = difference * (2 / len(z))
-        slopes = codes.products(g, sae.W_dec)
-        turned = codes.transposed()
-        sae.W_dec.grad = turned.matrix() @ g
+        codes = self._codes(z)
+        groups = list(zip((0, *self.prefixes), self.prefixes, strict=False))
+        parts = [codes.columns_between(*group) for group in groups] if len(groups) > 1 else [codes]
+        reconstruction = sae.b_dec.expand_as(z)
+        residuals = []
+        for (begin, end), part in zip(groups, parts, strict=True):
+            reconstruction = reconstruction + part.times(sae.W_dec[begin:end])
+            residuals.append(reconstruction - z)
+        W_dec_gradients: list[Tensor] = []
+        W_enc_gradients: list[Tensor] = []
+        sae.b_enc.grad = torch.zeros_like(sae.b_enc)
+        g = torch.zeros_like(z)
+        for (begin, end), part, residual in reversed(list(zip(groups, parts, residuals, strict=True))):
+            g = g + residual * (2 / (len(z) * len(groups)))
+            slopes = part.products(g, sae.W_dec[begin:end])
+            turned = part.transposed()
+            W_dec_gradients.insert(0, turned.matrix() @ g)
+            W_enc_gradients.insert(0, turned.matrix(slopes[turned.order]) @ z)
+            sae.b_enc.grad[begin:end].index_add_(0, part.columns, slopes)
+        sae.W_dec.grad, sae.W_enc.grad = _joined(W_dec_gradients), _joined(W_enc_gradients)
         sae.b_dec.grad = g.sum(dim=0)
-        sae.W_enc.grad = turned.matrix(slopes[turned.order]) @ z
-        sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, codes.columns, slopes)
-        return float(difference.square().sum() / len(z))
+        active = torch.zeros(sae.n_latents, dtype=torch.bool)
+        active[codes.columns] = True
+        with torch.enable_grad():
+            auxiliary = self._auxiliary_loss(z, residuals[-1], active)
+        if auxiliary.requires_grad:
+            auxiliary.backward()
+        return Step(residuals[-1].square().sum(dim=1), codes.frames_active())
 
-    def _largest(self, pre: Tensor) -> SparseCodes:
+    def _codes(self, z: Tensor) -> SparseCodes:
         """The codes that the training form keeps, without those that are zero anyway."""
-        if isinstance(self.form, BatchTopK):
-            return self._largest_of_batch(pre, self.form)
-        columns = pre.topk(min(self.k or 0, pre.shape[1]), dim=1, sorted=False).indices
-        rows = torch.arange(len(pre))[:, None] * pre.shape[1]
-        flat = (columns + rows).flatten().sort().values
-        values = pre.flatten()[flat]
-        return SparseCodes.at(flat[values > 0], values[values > 0], (pre.shape[0], pre.shape[1]))
-
-    def _largest_of_batch(self, pre: Tensor, form: BatchTopK) -> SparseCodes:
-        # numpy: several times as fast as torch's nonzero and topk on a CPU
-        everything = pre.numpy().reshape(-1)
-        wanted = min(form.k * len(pre), everything.size)
-        kept = np.flatnonzero(everything > self._last_smallest * _CANDIDATE_MARGIN)
-        if len(kept) < wanted and self._last_smallest > 0:
-            kept = np.flatnonzero(everything > 0)
-        if len(kept) > wanted:
-            largest = np.argpartition(everything[kept], len(kept) - wanted)[-wanted:]
-            kept = kept[np.sort(largest)]
-        values = torch.from_numpy(everything[kept])
-        if len(values):
-            self._last_smallest = float(values.min())
+        if not isinstance(self.form, BatchTopK):
+            return largest_of_frame(self.sae.pre_activations(z), self.k or 0)
+        codes = self._choose(z, self.sae.W_enc, self.sae.b_enc, self.collective)
+        if len(codes.values) or self.collective.size > 1:
             # the training form's running mean, which it cannot update itself as its forward is bypassed
-            weight = 1.0 if form.steps == 0 else 1 - form.momentum
-            form.smallest_kept.lerp_(torch.tensor(self._last_smallest), weight)
-            form.steps += 1
-        return SparseCodes.at(torch.from_numpy(kept), values, (pre.shape[0], pre.shape[1]))
+            weight = 1.0 if self.form.steps == 0 else 1 - self.form.momentum
+            self.form.smallest_kept.lerp_(torch.tensor(self._choose.smallest), weight)
+            self.form.steps += 1
+        return codes
+
+    # ---------- dead latents
+
+    def _auxiliary_loss(self, z: Tensor, residual: Tensor, active: Tensor) -> Tensor:
+        """Counts unused frames; the loss of reconstructing what is left of z, -residual, from dead latents.
+
+        Gao et al. 2024 (arXiv 2406.04093, appendix A.2), normalised by the residual's energy, with one
+        change: the dead latents' pre-activations enter without ReLU. Behind a ReLU a latent whose
+        pre-activations are all negative would get no gradient, and that is what most dead latents are.
+        """
+        active = self.collective.any_(active)
+        self.unused_frames += len(z) * self.collective.size
+        self.unused_frames[active] = 0
+        nothing = torch.zeros((), device=z.device)
+        if self.auxiliary == 0:
+            return nothing
+        dead = (self.unused_frames >= self.dead_after).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return nothing
+        pre = z @ self.sae.W_enc[dead].T + self.sae.b_enc[dead]
+        count = min(len(dead), max(1, self.sae.d_model // 2))
+        values, columns = pre.topk(count, dim=1, sorted=False)
+        codes = torch.zeros_like(pre).scatter(1, columns, values)
+        left = residual.detach() + codes @ self.sae.W_dec[dead]
+        energy = residual.square().sum(dim=1).mean().clamp_min(1e-8)
+        return self.auxiliary * left.square().sum(dim=1).mean() / energy.detach()
 
     @torch.no_grad()
     def _keep_gradient_tangential(self) -> None:
@@ -227,41 +312,62 @@ class LayerTrainer:
         if gradient is not None:
             gradient -= (gradient * rows).sum(dim=1, keepdim=True) * rows
 
+    # ---------- results
+
     @torch.no_grad()
     def export(self) -> SparseAutoencoder:
-        """The SAE on x itself, with the form's threshold, scale and mean folded in: same codes."""
+        """The SAE on x itself, on the CPU, with the form's threshold, scale and mean folded in: same codes.
+
+        Its metadata hold the normalisation that was folded (input_scale, input_mean) and, for Matryoshka,
+        the prefixes.
+        """
         sae = SparseAutoencoder(
             self.sae.d_model, self.sae.n_latents, activation=self.sae.activation, k=self.k, layer=self.layer
         )
         sae.load_state_dict(self.sae.state_dict())
         sae.theta.copy_(self.form.theta())
-        return sae.fold_input_scale(self.scale).fold_mean(self.mean).eval().requires_grad_(False)
+        sae = sae.fold_input_scale(self.scale).fold_mean(self.mean.cpu()).eval().requires_grad_(False)
+        sae.metadata |= {
+            "variant": self.variant,
+            "input_scale": self.scale,
+            "input_mean": [round(value, 6) for value in self.mean.tolist()],
+        }
+        if len(self.prefixes) > 1:
+            sae.metadata["matryoshka_prefixes"] = list(self.prefixes)
+        return sae
 
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors under `prefix`."""
-        tensors = {f"{prefix}sae.{name}": value for name, value in self.sae.state_dict().items()}
-        tensors |= {f"{prefix}form.{name}": value for name, value in self.form.state_dict().items()}
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        tensors |= {f"form.{name}": value for name, value in self.form.state_dict().items()}
         tensors |= {
-            f"{prefix}mean": self.mean,
-            f"{prefix}scale": torch.tensor(self.scale, dtype=torch.float64),
+            "mean": self.mean,
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "smallest": torch.tensor(self._choose.smallest, dtype=torch.float64),
+            "unused_frames": self.unused_frames,
         }
         for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{prefix}adam.{index}.{name}": value for name, value in values.items()}
+            tensors |= {f"adam.{index}.{name}": value for name, value in values.items()}
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Continue where `state` was taken."""
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Continue where `state` was taken. Raises KeyError or RuntimeError where it does not fit."""
 
-        def under(part: str) -> dict[str, Tensor]:
-            start = prefix + part
+        def under(start: str) -> dict[str, Tensor]:
             return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
         self.sae.load_state_dict(under("sae."))
         self.form.load_state_dict(under("form."))
-        self.mean, self.scale = tensors[f"{prefix}mean"], float(tensors[f"{prefix}scale"])
+        self.mean, self.scale = tensors["mean"].to(self.mean.device), float(tensors["scale"])
+        self._choose.smallest = float(tensors["smallest"])
+        self.unused_frames.copy_(tensors["unused_frames"])
         optimizer = self.optimizer.state_dict()
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in under("adam.").items():
             index, _, moment = name.partition(".")
             moments.setdefault(int(index), {})[moment] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

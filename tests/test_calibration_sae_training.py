@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from calibration.sae_training import LayerTrainer, SparseCodes, sparse_kernels_work
+from calibration.sae_training import PREFIXES, VARIANTS, SAETrainer
+from calibration.sparse_codes import LargestOfBatch, SparseCodes, largest_of_frame, sparse_products_work
 from whisper_steer.activation_functions import BatchTopK
+from whisper_steer.errors import UsageError
 
-needs_sparse = pytest.mark.skipif(not sparse_kernels_work(), reason="torch has no sparse products here")
+needs_sparse = pytest.mark.skipif(not sparse_products_work(), reason="torch has no sparse products here")
 
 
 def activations(frames=256, d=16, seed=0):
@@ -18,13 +20,13 @@ def activations(frames=256, d=16, seed=0):
 
 
 def trainer(activation="batchtopk", k=4, **options):
-    made = LayerTrainer(0, 16, 64, activation=activation, k=k, **options)
+    made = SAETrainer(0, 16, 64, activation=activation, k=k, **options)
     made.set_normalisation(activations(), centre=True)
     return made
 
 
 @needs_sparse
-@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+@pytest.mark.parametrize("activation", ["batchtopk", "topk", "matryoshka"])
 def test_written_out_gradients_are_autograds(activation):
     sparse, dense = trainer(activation, sparse=True), trainer(activation, sparse=False)
     z = sparse.normalised(activations(seed=1))
@@ -32,7 +34,10 @@ def test_written_out_gradients_are_autograds(activation):
         for one in (sparse, dense):
             one.sae.b_enc.copy_(torch.linspace(-0.1, 0.1, 64))
             one.sae.b_dec.copy_(torch.linspace(-0.2, 0.3, 16))
-    assert sparse._sparse_gradients(z) == pytest.approx(dense._dense_gradients(z, 1.0), rel=1e-5)
+    by_hand, by_autograd = sparse._sparse_gradients(z), dense._dense_gradients(z, 1.0)
+    torch.testing.assert_close(by_hand.errors, by_autograd.errors, rtol=1e-5, atol=1e-7)
+    assert torch.equal(by_hand.active, by_autograd.active)
+    assert torch.equal(sparse.unused_frames, dense.unused_frames)
     for name, parameter in dense.sae.named_parameters():
         found = dict(sparse.sae.named_parameters())[name].grad
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
@@ -41,25 +46,61 @@ def test_written_out_gradients_are_autograds(activation):
 
 @needs_sparse
 def test_batchtopk_keeps_the_largest_of_the_batch_also_when_the_margin_was_too_high():
-    one = trainer(sparse=True)
+    choose = LargestOfBatch(4)
     pre = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
     expected = BatchTopK(64, 4)(pre)
     for hint in (0.0, 0.5, 100.0):  # no hint, a fair one, a useless one
-        one._last_smallest = hint
-        kept = one._largest(pre)
+        choose.smallest = hint
+        kept = choose.of(pre)
         assert torch.equal(kept.matrix().to_dense(), expected)
+        assert choose.smallest == float(expected[expected > 0].min())
     assert len(kept.values) == 4 * 32
 
 
 @needs_sparse
+@pytest.mark.parametrize("hint", [0.5, 100.0])
+def test_screening_in_bfloat16_chooses_what_float32_chooses(hint):
+    generator = torch.Generator().manual_seed(3)
+    z = torch.nn.functional.normalize(torch.randn(200, 48, generator=generator), dim=1)
+    W = torch.nn.functional.normalize(torch.randn(300, 48, generator=generator), dim=1)
+    b = 0.05 * torch.randn(300, generator=generator)
+    exact, screened = LargestOfBatch(6), LargestOfBatch(6, screen=True)
+    exact.smallest = screened.smallest = float(exact(z, W, b).values.min()) * hint / 0.5
+    expected, found = exact(z, W, b), screened(z, W, b)
+    assert torch.equal(found.columns, expected.columns) and torch.equal(found.offsets, expected.offsets)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
+    assert len(found.values) == 6 * 200
+
+
+@needs_sparse
 def test_fewer_positive_values_than_wanted():
-    one = trainer(sparse=True)
+    choose = LargestOfBatch(4)
     pre = -torch.ones(8, 64)
     pre[3, 5] = 2.0
-    kept = one._largest(pre)
+    kept = choose.of(pre)
     assert kept.values.tolist() == [2.0] and kept.columns.tolist() == [5]
-    nothing = one._largest(-torch.ones(8, 64))
-    assert len(nothing.values) == 0
+    nothing = choose.of(-torch.ones(8, 64))
+    assert len(nothing.values) == 0 and nothing.offsets.tolist() == [0] * 9
+
+
+@needs_sparse
+def test_ties_at_the_threshold_keep_exactly_as_many_as_wanted():
+    kept = LargestOfBatch(2).of(torch.ones(3, 5))
+    assert kept.offsets[-1] == 6
+
+
+def test_topk_keeps_the_largest_of_every_frame():
+    kept = largest_of_frame(torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, -2.0]]), 2)
+    assert kept.matrix().to_dense().tolist() == [[3.0, 0.0, 2.0], [0.0, 5.0, 0.0]]
+
+
+@needs_sparse
+def test_columns_between_cuts_the_dense_matrix():
+    pre = torch.randn(6, 10, generator=torch.Generator().manual_seed(4))
+    codes = LargestOfBatch(3).of(pre)
+    for begin, end in ((0, 4), (4, 10), (7, 7), (0, 10)):
+        part = codes.columns_between(begin, end)
+        assert torch.equal(part.matrix().to_dense(), codes.matrix().to_dense()[:, begin:end])
 
 
 @needs_sparse
@@ -75,10 +116,10 @@ def test_sparse_codes_multiply_as_their_dense_matrix():
     torch.testing.assert_close(codes.transposed().matrix().to_dense(), dense.T)
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("activation", VARIANTS)
 def test_every_form_learns_and_keeps_unit_decoder_rows(activation):
     one = trainer(activation, k=4, lr=5e-3, sparsity=0.01)
-    errors = [one.step(activations(seed=step)) for step in range(60)]
+    errors = [one.step(activations(seed=step)).error for step in range(60)]
     assert errors[-1] < 0.75 * errors[0]
     torch.testing.assert_close(one.sae.W_dec.norm(dim=1), torch.ones(64))
     assert all(torch.isfinite(p).all() for p in one.sae.parameters())
@@ -99,7 +140,7 @@ def test_jumprelu_moves_its_thresholds_towards_the_target():
 
 @pytest.mark.parametrize("centre", [True, False])
 def test_normalised_activations_have_unit_mean_square_norm(centre):
-    one = LayerTrainer(0, 16, 32, k=4)
+    one = SAETrainer(0, 16, 32, k=4)
     x = activations()
     one.set_normalisation(x, centre=centre)
     z = one.normalised(x)
@@ -124,23 +165,112 @@ def test_export_folds_mean_and_scale_without_changing_a_code():
 
 def test_start_depends_on_seed_and_layer_only():
     torch.manual_seed(1)
-    first = LayerTrainer(2, 16, 32, k=4, seed=5).sae.W_enc
+    first = SAETrainer(2, 16, 32, k=4, seed=5).sae.W_enc
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert torch.equal(first, LayerTrainer(2, 16, 32, k=4, seed=5).sae.W_enc)
-    assert not torch.equal(first, LayerTrainer(3, 16, 32, k=4, seed=5).sae.W_enc)
+    assert torch.equal(first, SAETrainer(2, 16, 32, k=4, seed=5).sae.W_enc)
+    assert not torch.equal(first, SAETrainer(3, 16, 32, k=4, seed=5).sae.W_enc)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize("activation", VARIANTS)
 def test_state_continues_exactly(activation):
     one = trainer(activation)
     for step in range(5):
         one.step(activations(seed=step))
-    saved = {name: tensor.clone() for name, tensor in one.state("x.").items()}
-    other = LayerTrainer(0, 16, 64, activation=activation, k=4, seed=77)
-    other.load_state(saved, "x.")
+    saved = {name: tensor.clone() for name, tensor in one.state().items()}
+    other = SAETrainer(0, 16, 64, activation=activation, k=4, seed=77)
+    other.load_state(saved)
     for step in range(5, 10):
-        assert one.step(activations(seed=step)) == other.step(activations(seed=step))
-    for name, tensor in one.state("x.").items():
-        assert torch.equal(tensor, other.state("x.")[name]), name
+        assert one.step(activations(seed=step)).error == other.step(activations(seed=step)).error
+    for name, tensor in one.state().items():
+        assert torch.equal(tensor, other.state()[name]), name
+
+
+def test_matryoshka_loss_is_the_mean_error_of_the_prefixes():
+    one = trainer("matryoshka", k=4, sparse=False)
+    assert one.prefixes == tuple(round(64 * share) for share in PREFIXES) == (4, 8, 16, 32, 64)
+    z = one.normalised(activations(seed=1))
+    one.form.eval()
+    codes = one.form(one.sae.pre_activations(z)).detach()
+    expected = sum(
+        (codes[:, :end] @ one.sae.W_dec[:end] - z).square().sum(1).mean() for end in one.prefixes
+    ) / len(one.prefixes)
+    (gradient,) = torch.autograd.grad(expected, one.sae.W_dec)
+    one._dense_gradients(z, 1.0)
+    torch.testing.assert_close(one.sae.W_dec.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_matryoshka_puts_more_into_its_first_latents_than_batchtopk_does():
+    def share_explained_by_the_first_quarter(variant):
+        one = trainer(variant, k=4, lr=5e-3)
+        for step in range(150):
+            one.step(activations(seed=step))
+        x = activations(seed=999)
+        sae = one.export()
+        codes = sae.encode(x)
+        codes[:, 16:] = 0
+        return 1 - float((sae.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+    nested, flat = (share_explained_by_the_first_quarter(v) for v in ("matryoshka", "batchtopk"))
+    assert nested > flat + 0.1
+
+
+def with_dead_latents(auxiliary, **options):
+    one = trainer("batchtopk", k=4, lr=5e-3, auxiliary=auxiliary, dead_after=300, **options)
+    with torch.no_grad():
+        one.sae.b_enc[40:] = -1.5  # no input reaches these through a ReLU
+    return one
+
+
+@pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=needs_sparse)])
+def test_the_auxiliary_loss_sends_gradients_to_encoder_and_decoder_of_dead_latents(sparse):
+    for auxiliary in (0.0, 1 / 32):
+        one = with_dead_latents(auxiliary, sparse=sparse)
+        z = one.normalised(activations(seed=1))
+        one.unused_frames[40:] = 1000
+        if sparse:
+            one._sparse_gradients(z)
+        else:
+            one._dense_gradients(z, 1.0)
+        reached = [
+            float(gradient[40:].abs().reshape(24, -1).max(dim=1).values.max())
+            for gradient in (one.sae.W_enc.grad, one.sae.b_enc.grad, one.sae.W_dec.grad)
+        ]
+        assert all(value > 1e-6 for value in reached) if auxiliary else reached == [0, 0, 0]
+
+
+def test_the_auxiliary_loss_revives_dead_latents():
+    alive = {}
+    for auxiliary in (0.0, 1 / 4):
+        one = with_dead_latents(auxiliary)
+        for step in range(400):
+            one.step(activations(seed=step))
+        alive[auxiliary] = int((one.unused_frames[40:] < 300).sum())
+    assert alive[0.0] == 0 and alive[1 / 4] >= 12
+
+
+def test_unused_frames_count_since_the_last_activation():
+    one = trainer()
+    z = one.normalised(activations(frames=10))
+    one._auxiliary_loss(z, z, torch.arange(64) < 3)
+    one._auxiliary_loss(z, z, torch.arange(64) == 0)
+    assert one.unused_frames[:4].tolist() == [0, 10, 10, 20]
+    assert one.alive == 1.0
+
+
+def test_autocast_stays_close_to_float32():
+    plain = trainer(sparse=False)
+    rough = trainer(sparse=False, autocast=True)
+    for step in range(20):
+        x = activations(seed=step)
+        errors = plain.step(x).error, rough.step(x).error
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+    assert errors[1] != errors[0]
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(UsageError, match="expected one of batchtopk, matryoshka"):
+        SAETrainer(0, 16, 64, activation="gelu")
+    with pytest.raises(UsageError, match="k is None"):
+        SAETrainer(0, 16, 64, activation="topk", k=None)

@@ -1,0 +1,179 @@
+"""The few non-zero codes of a batch: choosing them, and multiplying with nothing but them.
+
+Only k of n codes per frame survive, so everything behind the encoder's product can run on those alone. On a
+CPU torch's sparse products (MKL) do the multiplying and numpy the choosing: both are several times as fast
+there as torch's own dense top-k and scatter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from calibration.collectives import ALONE, Collective
+
+# share of the last step's smallest kept value above which a pre-activation is looked at when the largest
+# k x B are sought; only speed depends on it: with fewer candidates than wanted, all are looked at
+CANDIDATE_MARGIN = 0.85
+
+
+@lru_cache(maxsize=1)
+def sparse_products_work() -> bool:
+    """Whether torch's sparse products run here (on a CPU they need MKL)."""
+    with warnings.catch_warnings():
+        # torch says once per process that CSR tensors are in beta
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            offsets, columns = torch.tensor([0, 1]), torch.tensor([0])
+            matrix = torch.sparse_csr_tensor(offsets, columns, torch.ones(1), (1, 1), check_invariants=False)
+            torch.sparse.sampled_addmm(matrix, torch.ones(1, 1), torch.ones(1, 1), beta=0.0)
+            return bool((matrix @ torch.ones(1, 1)).item() == 1)
+        except RuntimeError:
+            return False
+
+
+@lru_cache(maxsize=1)
+def bfloat16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated, slower than float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return bool(supported or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Non-zero codes of a batch, row by row: values, their columns, and the offset of each row (CSR).
+
+    order: for a transpose, where its values stood in the original.
+    """
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+    order: Tensor | None = None
+
+    @classmethod
+    def at(cls, flat: Tensor, values: Tensor, shape: tuple[int, int]) -> SparseCodes:
+        """From ascending flat indices into a (frames, latents) matrix."""
+        rows = torch.div(flat, shape[1], rounding_mode="floor")
+        offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
+        offsets[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+        return cls(offsets, flat - rows * shape[1], values, shape)
+
+    def matrix(self, values: Tensor | None = None) -> Tensor:
+        chosen = self.values if values is None else values
+        return torch.sparse_csr_tensor(self.offsets, self.columns, chosen, self.shape, check_invariants=False)
+
+    def times(self, weights: Tensor) -> Tensor:
+        """codes (B, n) @ weights (n, d)."""
+        return self.matrix() @ weights
+
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """left[row] . right[column] for every non-zero: left (B, d), right (n, d)."""
+        sampled = torch.sparse.sampled_addmm(self.matrix(), left, right.T, beta=0.0)
+        return sampled.values()
+
+    def transposed(self) -> SparseCodes:
+        """The (n, B) transpose; `order` says where each value went."""
+        order = torch.argsort(self.columns, stable=True)
+        offsets = torch.zeros(self.shape[1] + 1, dtype=torch.int64)
+        offsets[1:] = torch.bincount(self.columns, minlength=self.shape[1]).cumsum(0)
+        rows = torch.repeat_interleave(torch.arange(self.shape[0]), self.offsets.diff())
+        return SparseCodes(offsets, rows[order], self.values[order], (self.shape[1], self.shape[0]), order)
+
+    def chosen(self, keep: Tensor) -> SparseCodes:
+        """The codes where `keep` (one bool per non-zero) is set."""
+        offsets = torch.zeros_like(self.offsets)
+        offsets[1:] = keep.cumsum(0)[self.offsets[1:] - 1] if len(keep) else 0
+        # rows without any non-zero at the start look at index -1
+        offsets[self.offsets == 0] = 0
+        return SparseCodes(offsets, self.columns[keep], self.values[keep], self.shape)
+
+    def columns_between(self, first: int, end: int) -> SparseCodes:
+        """The columns first..end - 1, as a (B, end - first) matrix."""
+        part = self.chosen((self.columns >= first) & (self.columns < end))
+        return SparseCodes(part.offsets, part.columns - first, part.values, (self.shape[0], end - first))
+
+    def frames_active(self) -> Tensor:
+        """(B,): non-zero codes of each row."""
+        return self.offsets.diff()
+
+
+class LargestOfBatch:
+    """Chooses the k x B largest positive pre-activations of a batch: BatchTopK's codes.
+
+    The last step's smallest kept value is a hint where to look in the next: what lies well below it is never
+    compared. With `screen`, the full product runs in bfloat16 and only finds the candidates; their values
+    are then computed in float32 and the choice is made among those. A latent would be lost only where
+    bfloat16's error exceeds the margin between candidate and choice (15 % of the threshold; the error is
+    some 0.1 %), so codes are those of the float32 product.
+    """
+
+    def __init__(self, k: int, *, screen: bool = False):
+        self.k, self.screen = k, screen
+        self.smallest = 0.0
+
+    def __call__(
+        self, z: Tensor, W_enc: Tensor, b_enc: Tensor, collective: Collective = ALONE
+    ) -> SparseCodes:
+        """Codes of z (B, d) under W_enc (n, d), b_enc (n,): the k x B x processes largest of all."""
+        shape = (len(z), len(W_enc))
+        wanted = min(self.k * shape[0], shape[0] * shape[1]) * collective.size
+        if self.screen and self.smallest > 0:
+            codes = self._screened(z, W_enc, b_enc)
+            if collective.count(len(codes.values)) >= wanted:
+                return self._reduced(codes, wanted, collective)
+        pre = linear(z, W_enc, b_enc)
+        return self.of(pre, collective)
+
+    def of(self, pre: Tensor, collective: Collective = ALONE) -> SparseCodes:
+        """The same from pre-activations (B, n) that are there already."""
+        wanted = min(self.k * len(pre), pre.numel()) * collective.size
+        everything = pre.numpy().reshape(-1)
+        kept = np.flatnonzero(everything > self.smallest * CANDIDATE_MARGIN)
+        if self.smallest > 0 and collective.count(len(kept)) < wanted:
+            kept = np.flatnonzero(everything > 0)
+        values = torch.from_numpy(everything[kept])
+        codes = SparseCodes.at(torch.from_numpy(kept), values, (pre.shape[0], pre.shape[1]))
+        return self._reduced(codes, wanted, collective)
+
+    def _screened(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCodes:
+        rough = linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
+        # positive bfloat16 numbers are ordered like their bits, and negative ones have the sign bit
+        floor = torch.tensor(self.smallest * CANDIDATE_MARGIN).bfloat16().view(torch.int16)
+        flat = torch.from_numpy(np.flatnonzero(rough.view(torch.int16).numpy().reshape(-1) > int(floor)))
+        codes = SparseCodes.at(flat, torch.ones(len(flat)), (len(z), len(W_enc)))
+        values = codes.products(z, W_enc) + b_enc[codes.columns]
+        return SparseCodes(codes.offsets, codes.columns, values, codes.shape)
+
+    def _reduced(self, codes: SparseCodes, wanted: int, collective: Collective) -> SparseCodes:
+        values = codes.values.numpy()
+        everyones = collective.joined(values)
+        if len(everyones) > wanted:
+            smallest = np.partition(everyones, len(everyones) - wanted)[-wanted] if wanted else np.inf
+            keep = values >= smallest
+            surplus = int(keep.sum()) - wanted if collective.size == 1 else 0
+            if surplus > 0:  # ties at the threshold: the last ones go, so that exactly `wanted` stay
+                keep[np.flatnonzero(values == smallest)[-surplus:]] = False
+            codes = codes.chosen(torch.from_numpy(keep))
+            self.smallest = float(smallest)
+        elif len(everyones):
+            self.smallest = float(everyones.min())
+        if len(codes.values) and float(codes.values.min()) <= 0:
+            codes = codes.chosen(codes.values > 0)
+        return codes
+
+
+def largest_of_frame(pre: Tensor, k: int) -> SparseCodes:
+    """TopK's codes: the k largest positive pre-activations of every frame of pre (B, n)."""
+    columns = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False).indices
+    rows = torch.arange(len(pre))[:, None] * pre.shape[1]
+    flat = (columns + rows).flatten().sort().values
+    values = pre.flatten()[flat]
+    return SparseCodes.at(flat[values > 0], values[values > 0], (pre.shape[0], pre.shape[1]))
