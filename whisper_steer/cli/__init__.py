@@ -16,6 +16,7 @@ from .compare import compare
 from .inspect import inspect
 from .models import models
 from .output import print_error
+from .saes import saes
 from .transcribe import transcribe
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command()(transcribe)
 app.command()(compare)
 app.command()(models)
 app.command()(inspect)
+app.add_typer(saes, name="saes")
 
 # typer >= 0.26 carries its own copy of click, earlier ones use the package: this is the right class in both
 _ClickException: type[Exception] = next(
