@@ -59,7 +59,7 @@ class AudioEncoder(Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """base_model, encoder_sha256, d_model, n_layers, family, precision (raw audio models: do_normalize,
-        too); JSON-able. Encoders with equal metadata give the same frames."""
+        too); JSON-able. Encoders with equal metadata give the same frames, up to a device's rounding."""
         ...
 
     def encode(self, audios: Sequence[np.ndarray], layers: Sequence[int]) -> list[Tensor]:

@@ -78,7 +78,7 @@ class BlockEncoder:
         Audio longer than `max_samples` is encoded in consecutive pieces and its frames are joined; at most
         len(audios) pieces share a pass. Audio too short for a frame has none.
 
-        Raises UsageError (layers), AudioError (not one-dimensional).
+        Raises UsageError (layers), AudioError (more than one channel, values that are not finite).
         """
         wanted = self._checked(layers)
         pieces = [
@@ -202,6 +202,9 @@ def _captured(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[di
 
 
 def _samples(audio: np.ndarray) -> np.ndarray:
+    """Checked, float32, in memory that torch may share."""
     if audio.ndim != 1:
         raise AudioError(f"audio of shape {audio.shape}: expected one channel, (samples,) at 16 kHz")
-    return np.ascontiguousarray(audio, dtype=np.float32)
+    if not np.isfinite(audio).all():
+        raise AudioError("audio with values that are not finite (NaN or infinity): expected samples in -1..1")
+    return np.require(audio, np.float32, ["C", "W"])

@@ -1,20 +1,18 @@
 """Frames against what the models themselves report, on tiny models of the true classes."""
 
-import json
-import logging
-import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from calibration_tools import make_terse_whisper, sound
-from test_zoo import hf_config, hf_state, one_line, write_hf
+from test_zoo import hf_config, hf_state
 from whisper.model import ModelDimensions, Whisper
 
 from calibration.activations import encode_clip, window_mels
-from calibration.adapters import RawAudioEncoder, TransformersWhisperEncoder, WhisperEncoder, load_encoder
+from calibration.adapters import RawAudioEncoder, TransformersWhisperEncoder, WhisperEncoder
 from whisper_steer.convert_hf import to_openai
-from whisper_steer.errors import AudioError, FormatError, ModelError, UsageError
+from whisper_steer.errors import AudioError, UsageError
 from whisper_steer.fileformat import model_metadata
 
 # family, feat_extract_norm, do_stable_layer_norm: both kinds of every switch, as in the released models
@@ -119,6 +117,32 @@ def test_an_error_in_the_model_leaves_no_hooks(whisper_model, monkeypatch):
     assert not any(block._forward_hooks for block in whisper_model.encoder.blocks)
 
 
+def test_audio_of_any_memory_layout_is_taken(openai):
+    audio = CLIPS[0].copy()
+    audio.flags.writeable = False
+    (frames,) = openai.encode([audio], [0])
+    doubled = np.repeat(audio.astype(np.float64), 2)[::2]
+    assert torch.equal(openai.encode([doubled], [0])[0], frames)
+
+
+def test_threads_may_share_an_encoder(openai):
+    alone = [openai.encode([clip], [layer])[0] for clip, layer in ((CLIPS[0], 0), (CLIPS[1], 1))]
+    results = {}
+
+    def work(index):
+        results[index] = [openai.encode([CLIPS[index]], [index])[0] for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in (0, 1):
+        assert len(results[index]) == 4
+        for frames in results[index]:
+            torch.testing.assert_close(frames, alone[index])
+
+
 def test_whisper_metadata(openai, whisper_model):
     assert openai.metadata() == {**model_metadata(whisper_model), "family": "whisper", "precision": "float32"}
     assert (openai.n_layers, openai.d_model) == (2, 32)
@@ -134,6 +158,8 @@ def test_what_cannot_be_encoded_is_said_in_one_line(openai, whisper_model):
         openai.encode([audio], [])
     with pytest.raises(AudioError, match=r"\(2, 4000\).*one channel"):
         openai.encode([audio.reshape(2, -1)], [0])
+    with pytest.raises(AudioError, match="not finite"):
+        openai.encode([np.array([0.1, np.nan])], [0])
     with pytest.raises(UsageError, match="torch.float64"):
         WhisperEncoder(whisper_model, autocast=torch.float64)
     with pytest.raises(UsageError, match=r"100 positions.*expected 1500"):
@@ -301,121 +327,3 @@ def test_models_of_another_kind_are_refused(whisper_model):
         RawAudioEncoder(whisper_model, do_normalize=True)
     with pytest.raises(UsageError, match="max_samples 300 is too short"):
         RawAudioEncoder(raw_model(), do_normalize=True, max_samples=300)
-
-
-# ---------- load_encoder
-
-
-def write_raw(folder, family="hubert", *, preprocessor=None, head="Model", **model):
-    raw_model(family, head=head, **model).save_pretrained(folder)
-    if preprocessor is not None:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_a_transformers_folder_becomes_a_raw_encoder(tmp_path, family):
-    folder = write_raw(tmp_path / "tiny", family, preprocessor={"do_normalize": False}, norm="layer")
-    encoder = load_encoder(folder, device="cpu", max_samples=16_000)
-    assert isinstance(encoder, RawAudioEncoder)
-    assert (encoder.family, encoder.name, encoder.max_samples) == (family, "tiny", 16_000)
-    direct = RawAudioEncoder(raw_model(family, "layer"), do_normalize=False, name="tiny")
-    assert encoder.metadata() == direct.metadata()
-    assert torch.equal(encoder.encode(CLIPS[:1], [0, 2])[0], direct.encode(CLIPS[:1], [0, 2])[0])
-    rounded = load_encoder(str(folder), device="cpu", dtype=torch.bfloat16)
-    assert rounded.metadata()["precision"] == "bfloat16"
-    assert load_encoder(folder, "cpu", torch.float32).metadata() == encoder.metadata()
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "expected"),
-    [
-        ("preprocessor_config.json", {"do_normalize": True, "sampling_rate": 16_000}, True),
-        ("preprocessor_config.json", {}, True),  # Wav2Vec2FeatureExtractor's default
-        ("preprocessor_config.json", {"do_normalize": False}, False),
-        ("processor_config.json", {"feature_extractor": {"do_normalize": True}}, True),
-    ],
-)
-def test_the_preprocessor_says_whether_input_is_normalised(tmp_path, name, settings, expected):
-    folder = write_raw(tmp_path / "tiny")
-    (folder / name).write_text(json.dumps(settings))
-    assert load_encoder(folder, "cpu").metadata()["do_normalize"] is expected
-
-
-def test_without_a_preprocessor_input_is_not_normalised_and_a_warning_says_so(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="whisper_steer"):
-        encoder = load_encoder(write_raw(tmp_path / "tiny"), "cpu")
-    assert encoder.metadata()["do_normalize"] is False
-    assert [record.message for record in caplog.records if record.name == "whisper_steer"] == [
-        f"{tmp_path / 'tiny'} has no preprocessor_config.json: its input is not normalised"
-    ]
-
-
-def test_a_head_is_left_out_and_half_precision_weights_are_read_as_float32(tmp_path):
-    folder = tmp_path / "ctc"
-    raw_model(head="ForCTC").half().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text("{}")
-    encoder = load_encoder(folder, "cpu")
-    assert encoder.metadata()["precision"] == "float32"
-    assert encoder.encode(CLIPS[:1], [2])[0].isfinite().all()
-
-
-def test_whispers_of_all_forms_become_whisper_encoders(tmp_path, whisper_model):
-    hub_like = write_hf(tmp_path / "hf", whisper_model)
-    torch.save(
-        {"dims": vars(whisper_model.dims), "model_state_dict": whisper_model.state_dict()},
-        tmp_path / "terse.pt",
-    )
-    digest = model_metadata(whisper_model)["encoder_sha256"]
-    for path, name in ((hub_like, "hf"), (tmp_path / "terse.pt", "terse")):
-        encoder = load_encoder(path, "cpu")
-        assert isinstance(encoder, WhisperEncoder) and isinstance(encoder.model, Whisper)
-        assert encoder.name == name and encoder.metadata()["encoder_sha256"] == digest
-    assert load_encoder("mini.en", "cpu").metadata()["base_model"] == "mini.en"
-
-
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, monkeypatch):
-    def refused(error, path, **arguments):
-        with pytest.raises(error) as caught:
-            load_encoder(path, **{"device": "cpu", **arguments})
-        return one_line(caught)
-
-    other = tmp_path / "bert"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "bert"}')
-    expected = "is a 'bert' model, which cannot be encoded: expected whisper, hubert, wav2vec2, wavlm"
-    assert refused(ModelError, other) == f"{other} {expected}"
-    (other / "config.json").write_text("{}")
-    assert "has no model_type" in refused(FormatError, other)
-    (other / "config.json").write_text("{")
-    assert "cannot be read as JSON" in refused(FormatError, other)
-    assert "unknown model 'tinny'" in refused(ModelError, "tinny")
-    assert "no such file" in refused(ModelError, tmp_path / "absent.pt")
-
-    telephone = write_raw(tmp_path / "8k", preprocessor={"sampling_rate": 8000})
-    assert "made for audio at 8000 Hz: expected 16000" in refused(ModelError, telephone)
-    good = write_raw(tmp_path / "good", preprocessor={})
-    assert "device 'nonsense' cannot be used here" in refused(UsageError, good, device="nonsense")
-    assert "torch.int8" in refused(UsageError, good, dtype=torch.int8)
-    (good / "model.safetensors").write_bytes(b"damaged")
-    assert "transformers cannot load this model" in refused(FormatError, good)
-    (good / "model.safetensors").unlink()
-    assert "transformers cannot load this model" in refused(FormatError, good)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'whisper-steer[hf]'" in refused(ModelError, good)
-
-
-def test_missing_tensors_are_named_and_never_made_up(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = write_raw(tmp_path / "tiny", preprocessor={})
-    weights = load_file(folder / "model.safetensors")
-    del weights["encoder.layers.1.attention.k_proj.weight"], weights["masked_spec_embed"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=r"1 tensors are missing.*: encoder.layers.1.attention.k_proj"):
-        load_encoder(folder, "cpu")
-    weights["encoder.layers.1.attention.k_proj.weight"] = torch.zeros(3, 3)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError) as caught:
-        load_encoder(folder, "cpu")
-    assert "transformers cannot load this model" in one_line(caught)
