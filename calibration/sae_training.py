@@ -20,9 +20,9 @@ from torch import Tensor
 from calibration.collectives import ALONE, Collective
 from calibration.sparse_codes import (
     LargestOfBatch,
+    LargestOfFrame,
     SparseCodes,
     bfloat16_is_fast,
-    largest_of_frame,
     sparse_products_work,
 )
 from whisper_steer.activation_functions import BatchTopK, JumpReLU, ReLU, TopK, l1_loss, make
@@ -144,7 +144,9 @@ class SAETrainer:
         self.mean = torch.zeros(d_model, device=device)
         self.scale = 1.0
         self.unused_frames = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        self._choose = LargestOfBatch(k or 0, screen=bfloat16_is_fast() if screen is None else screen)
+        screen = bfloat16_is_fast() if screen is None else screen
+        largest = LargestOfFrame if form == "topk" else LargestOfBatch
+        self._choose: LargestOfBatch | LargestOfFrame = largest(k or 0, screen=screen)
         shares = PREFIXES if activation == "matryoshka" else (1.0,)
         self.prefixes = tuple(sorted({max(1, round(share * n_latents)) for share in shares}))
 
@@ -269,8 +271,8 @@ class SAETrainer:
 
     def _codes(self, z: Tensor) -> SparseCodes:
         """The codes that the training form keeps, without those that are zero anyway."""
-        if not isinstance(self.form, BatchTopK):
-            return largest_of_frame(self.sae.pre_activations(z), self.k or 0)
+        if isinstance(self._choose, LargestOfFrame) or not isinstance(self.form, BatchTopK):
+            return self._choose(z, self.sae.W_enc, self.sae.b_enc)
         codes = self._choose(z, self.sae.W_enc, self.sae.b_enc, self.collective)
         if len(codes.values) or self.collective.size > 1:
             # the training form's running mean, which it cannot update itself as its forward is bypassed

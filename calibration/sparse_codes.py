@@ -8,6 +8,7 @@ there as torch's own dense top-k and scatter.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -126,7 +127,7 @@ class LargestOfBatch:
         shape = (len(z), len(W_enc))
         wanted = min(self.k * shape[0], shape[0] * shape[1]) * collective.size
         if self.screen and self.smallest > 0:
-            codes = self._screened(z, W_enc, b_enc)
+            codes = screened(z, W_enc, b_enc, self.smallest * CANDIDATE_MARGIN)
             if collective.count(len(codes.values)) >= wanted:
                 return self._reduced(codes, wanted, collective)
         pre = linear(z, W_enc, b_enc)
@@ -136,21 +137,13 @@ class LargestOfBatch:
         """The same from pre-activations (B, n) that are there already."""
         wanted = min(self.k * len(pre), pre.numel()) * collective.size
         everything = pre.numpy().reshape(-1)
-        kept = np.flatnonzero(everything > self.smallest * CANDIDATE_MARGIN)
-        if self.smallest > 0 and collective.count(len(kept)) < wanted:
+        hint = self.smallest or _smallest_of_sample(pre, self.k)
+        kept = np.flatnonzero(everything > hint * CANDIDATE_MARGIN)
+        if hint > 0 and collective.count(len(kept)) < wanted:
             kept = np.flatnonzero(everything > 0)
         values = torch.from_numpy(everything[kept])
         codes = SparseCodes.at(torch.from_numpy(kept), values, (pre.shape[0], pre.shape[1]))
         return self._reduced(codes, wanted, collective)
-
-    def _screened(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCodes:
-        rough = linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
-        # positive bfloat16 numbers are ordered like their bits, and negative ones have the sign bit
-        floor = torch.tensor(self.smallest * CANDIDATE_MARGIN).bfloat16().view(torch.int16)
-        flat = torch.from_numpy(np.flatnonzero(rough.view(torch.int16).numpy().reshape(-1) > int(floor)))
-        codes = SparseCodes.at(flat, torch.ones(len(flat)), (len(z), len(W_enc)))
-        values = codes.products(z, W_enc) + b_enc[codes.columns]
-        return SparseCodes(codes.offsets, codes.columns, values, codes.shape)
 
     def _reduced(self, codes: SparseCodes, wanted: int, collective: Collective) -> SparseCodes:
         values = codes.values.numpy()
@@ -170,10 +163,73 @@ class LargestOfBatch:
         return codes
 
 
-def largest_of_frame(pre: Tensor, k: int) -> SparseCodes:
-    """TopK's codes: the k largest positive pre-activations of every frame of pre (B, n)."""
-    columns = pre.topk(min(k, pre.shape[1]), dim=1, sorted=False).indices
-    rows = torch.arange(len(pre))[:, None] * pre.shape[1]
-    flat = (columns + rows).flatten().sort().values
-    values = pre.flatten()[flat]
-    return SparseCodes.at(flat[values > 0], values[values > 0], (pre.shape[0], pre.shape[1]))
+class LargestOfFrame:
+    """Chooses the k largest positive pre-activations of every frame: TopK's codes.
+
+    As with `LargestOfBatch` a hint from the last step leaves few candidates, found in bfloat16 with `screen`;
+    a frame with fewer than k values above the hint is looked at as a whole.
+    """
+
+    def __init__(self, k: int, *, screen: bool = False):
+        self.k, self.screen = k, screen
+        self.smallest = 0.0
+
+    def __call__(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCodes:
+        """Codes of z (B, d) under W_enc (n, d), b_enc (n,)."""
+        if not (self.screen and self.smallest > 0):
+            return self.of(linear(z, W_enc, b_enc))
+        candidates = screened(z, W_enc, b_enc, self.smallest * CANDIDATE_MARGIN)
+        return self._best(candidates, self.smallest, lambda frames: linear(z[frames], W_enc, b_enc))
+
+    def of(self, pre: Tensor) -> SparseCodes:
+        """The same from pre-activations (B, n) that are there already."""
+        everything = pre.numpy().reshape(-1)
+        hint = self.smallest or _smallest_of_sample(pre, self.k) * CANDIDATE_MARGIN
+        found = np.flatnonzero(everything > hint)
+        shape = (pre.shape[0], pre.shape[1])
+        candidates = SparseCodes.at(torch.from_numpy(found), torch.from_numpy(everything[found]), shape)
+        return self._best(candidates, hint, lambda frames: pre[frames])
+
+    def _best(
+        self, candidates: SparseCodes, sure_above: float, pre_of: Callable[[Tensor], Tensor]
+    ) -> SparseCodes:
+        """sure_above: every value above it is a candidate. pre_of: pre-activations of some frames."""
+        frames, latents = candidates.shape
+        k = min(self.k, latents)
+        counts = candidates.frames_active()
+        width = max(int(counts.max()), k) if frames else k
+        # candidates side by side, one row a frame: much narrower than the pre-activations
+        rows = torch.repeat_interleave(torch.arange(frames), counts)
+        places = torch.arange(len(rows)) - candidates.offsets[rows]
+        values = torch.zeros(frames, width)
+        columns = torch.zeros(frames, width, dtype=torch.int64)
+        values[rows, places] = candidates.values
+        columns[rows, places] = candidates.columns
+        best, order = values.topk(k, dim=1, sorted=False)
+        chosen = columns.gather(1, order)
+        short = (best.min(dim=1).values <= sure_above).nonzero().squeeze(1)
+        if len(short) and sure_above > 0:
+            best[short], chosen[short] = pre_of(short).topk(k, dim=1, sorted=False)
+        if frames:  # low enough that a few frames in a hundred, not most, are looked at as a whole next time
+            self.smallest = float(best.min(dim=1).values.quantile(0.02).clamp_min(0))
+        keep = best > 0
+        flat, order = (chosen + torch.arange(frames)[:, None] * latents)[keep].sort()
+        return SparseCodes.at(flat, best[keep][order], (frames, latents))
+
+
+def screened(z: Tensor, W_enc: Tensor, b_enc: Tensor, floor: float) -> SparseCodes:
+    """Where W_enc z + b_enc is above `floor` (> 0) in bfloat16, with the values in float32."""
+    rough = linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
+    # positive bfloat16 numbers are ordered like their bits, and negative ones have the sign bit
+    least = int(torch.tensor(floor).bfloat16().view(torch.int16))
+    flat = torch.from_numpy(np.flatnonzero(rough.view(torch.int16).numpy().reshape(-1) > least))
+    codes = SparseCodes.at(flat, torch.ones(len(flat)), (len(z), len(W_enc)))
+    values = codes.products(z, W_enc) + b_enc[codes.columns]
+    return SparseCodes(codes.offsets, codes.columns, values, codes.shape)
+
+
+def _smallest_of_sample(pre: Tensor, k: int, frames: int = 128) -> float:
+    """The smallest of the k x B largest values of the first frames: where to look without a hint."""
+    sample = pre[:frames].numpy().reshape(-1)
+    wanted = min(k * min(frames, len(pre)), sample.size)
+    return max(float(np.partition(sample, -wanted)[-wanted]), 0.0) if wanted else 0.0

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from calibration.sae_training import PREFIXES, VARIANTS, SAETrainer
-from calibration.sparse_codes import LargestOfBatch, SparseCodes, largest_of_frame, sparse_products_work
-from whisper_steer.activation_functions import BatchTopK
+from calibration.sparse_codes import LargestOfBatch, LargestOfFrame, SparseCodes, sparse_products_work
+from whisper_steer.activation_functions import BatchTopK, topk
 from whisper_steer.errors import UsageError
 
 needs_sparse = pytest.mark.skipif(not sparse_products_work(), reason="torch has no sparse products here")
@@ -89,9 +89,32 @@ def test_ties_at_the_threshold_keep_exactly_as_many_as_wanted():
     assert kept.offsets[-1] == 6
 
 
+@needs_sparse
 def test_topk_keeps_the_largest_of_every_frame():
-    kept = largest_of_frame(torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, -2.0]]), 2)
+    kept = LargestOfFrame(2).of(torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, -2.0]]))
     assert kept.matrix().to_dense().tolist() == [[3.0, 0.0, 2.0], [0.0, 5.0, 0.0]]
+
+
+@needs_sparse
+@pytest.mark.parametrize("hint", [0.0, 0.3, 1.5, 100.0])  # none, a fair one, for a few frames only, useless
+def test_topk_does_not_depend_on_the_hint(hint):
+    choose = LargestOfFrame(5)
+    choose.smallest = hint
+    pre = torch.randn(50, 40, generator=torch.Generator().manual_seed(5))
+    pre[7] = -1.0
+    assert torch.equal(choose.of(pre).matrix().to_dense(), topk(pre, 5))
+
+
+@needs_sparse
+@pytest.mark.parametrize("hint", [0.05, 0.2, 100.0])
+def test_topk_screened_in_bfloat16_chooses_what_float32_chooses(hint):
+    generator = torch.Generator().manual_seed(6)
+    z = torch.nn.functional.normalize(torch.randn(200, 48, generator=generator), dim=1)
+    W = torch.nn.functional.normalize(torch.randn(300, 48, generator=generator), dim=1)
+    b = 0.05 * torch.randn(300, generator=generator)
+    choose = LargestOfFrame(6, screen=True)
+    choose.smallest = hint
+    torch.testing.assert_close(choose(z, W, b).matrix().to_dense(), topk(z @ W.T + b, 6))
 
 
 @needs_sparse
