@@ -285,11 +285,15 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic. Raises FormatError if `path` cannot be written."""
-    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+    write_whole(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, all of it or nothing, making its folder. Raises FormatError if that fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         raise FormatError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
