@@ -1,0 +1,1 @@
+"""One small script per library, run inside that library's own environment by `benchmarks.training`."""
