@@ -182,6 +182,8 @@ def from_lhotse(
     """
     root = audio_root or path.parent
     items = []
+    shared: dict[str, str] = {}  # millions of cuts name the same files and speakers
+    labels: dict[str, str] = {}
     for number, cut in _rows(path):
         try:
             sources = cut["recording"]["sources"]
@@ -193,8 +195,9 @@ def from_lhotse(
             identity = str(cut["id"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path}, line {number}: not a cut of one recorded file ({error!r})") from error
+        file, group = shared.setdefault(file, file), shared.setdefault(group, group)
         load = partial(load_segment, file, start, duration)
-        items.append(AudioItem(identity, name, domain, group, texts[0] or None, duration, {}, file, load))
+        items.append(AudioItem(identity, name, domain, group, texts[0] or None, duration, labels, file, load))
     if not items:
         raise FormatError(f"{path}: no cuts")
     return items
@@ -217,10 +220,13 @@ def load_segment(path: str, start: float, duration: float | None = None) -> np.n
             if not container.streams.audio:
                 raise AudioError(f"{path}: no audio in it")
             stream = container.streams.audio[0]
-            container.seek(int(max(start - 0.1, 0) * 1_000_000))
+            if start > 0.1:  # some raw formats cannot seek at all
+                container.seek(int((start - 0.1) * 1_000_000))
             resampler = av.AudioResampler(format="fltp", rate=SAMPLING_RATE)
             for frame in container.decode(stream):
-                time = frame.time or 0.0
+                if frame.time is None:
+                    raise AudioError(f"{path}: has no time stamps to find {start:g} s by")
+                time = frame.time
                 first = time if first is None else first
                 if time >= end + 0.1:
                     break
@@ -235,4 +241,22 @@ def load_segment(path: str, start: float, duration: float | None = None) -> np.n
     samples = samples if duration is None else samples[: round(duration * SAMPLING_RATE)]
     if not len(samples):
         raise AudioError(f"{path}: ends before {start:g} s")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: NaN or infinite samples behind {start:g} s")
     return samples
+
+
+def declared_seconds(path: str) -> float | None:
+    """Length of a file by its header, without decoding it; None where that does not say."""
+    import av
+
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            if container.duration:
+                return container.duration / 1_000_000
+            streams = container.streams.audio
+            if streams and streams[0].duration and streams[0].time_base:
+                return float(streams[0].duration * streams[0].time_base)
+    except (av.error.FFmpegError, ValueError):
+        pass  # decoding it will say what is wrong
+    return None

@@ -1,6 +1,6 @@
 """Audio for training: data sets with weights and domains, drawn from as AudioSAE does (arXiv 2602.05027).
 
-A data set's chance to be drawn is its weight times the number of its items, inside it every item is equally
+A data set's chance to be drawn is its weight times the number of its items; inside it every item is equally
 likely. A fixed share of the groups (speakers, source recordings) is held out by hash: it is never drawn, and
 what a trained SAE is calibrated and measured on.
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ DOMAINS = ("speech", "music", "sounds")  # whatever is neither speech nor music 
 Key = tuple[int, int]  # (position of the data set, position of the item in it)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AudioItem:
     """One recording.
 
@@ -68,11 +67,22 @@ class AudioItem:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items that are drawn with the same weight; chance of the whole data set: weight x number of items."""
+    """Items that are drawn with the same weight.
+
+    Attributes:
+        name, weight, items: the chance of the whole data set is weight x number of items x pieces.
+        pieces: windows that an average item fills. AudioSAE trains on whole recordings, here a draw takes at
+            most one window of them: recordings of several minutes have to count as several.
+    """
 
     name: str
     weight: float
     items: Sequence[AudioItem]
+    pieces: float = 1.0
+
+    @property
+    def item_weight(self) -> float:
+        return self.weight * self.pieces
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class Mixture:
         for dataset in datasets:
             train, held = _split(dataset, held_out_share)
             if len(train):
-                kept.append(Dataset(dataset.name, dataset.weight, train))
+                kept.append(replace(dataset, items=train))
             else:
                 used_up.append(f"{dataset.name}: nothing is left to train on")
             held_out += held
@@ -186,7 +196,7 @@ class Mixture:
             raise UsageError(
                 f"mixture {name}: no training clips: give a corpus, a data folder or a mixture with data"
             )
-        self._pool = _Pool([(i, d.weight, range(len(d.items))) for i, d in enumerate(self.datasets)])
+        self._pool = _Pool([(i, d.item_weight, range(len(d.items))) for i, d in enumerate(self.datasets)])
         self._additions = {"sounds": self._sources("noise"), "music": self._sources("music")}
         self.notes = (*notes, *used_up, *self._missing_domains())
 
@@ -235,6 +245,7 @@ class Mixture:
                 {
                     "name": dataset.name,
                     "weight": float(dataset.weight),
+                    "pieces": float(dataset.pieces),
                     "items": len(dataset.items),
                     "sha256": _digest(dataset.items),
                 }
@@ -244,40 +255,11 @@ class Mixture:
         }
 
     def describe(self) -> tuple[list[str], dict[str, Any]]:
-        """(lines of a table, the same as JSON-able values).
+        """(lines of a table, the same as JSON-able values): what is drawn how often, what is held out."""
+        from calibration.mixture_table import record_of, table_of
 
-        Hours are of the items whose duration is known without decoding them, None where that is none.
-        """
-        rows: list[dict[str, Any]] = []
-        held = Counter(item.dataset for item in self._held_out)
-        for dataset, chance in zip(self.datasets, self._pool.chances, strict=True):
-            seconds = [item.duration for item in dataset.items if item.duration is not None]
-            rows.append(
-                {
-                    "name": dataset.name,
-                    "weight": float(dataset.weight),
-                    "items": len(dataset.items),
-                    "hours": round(math.fsum(seconds) / 3600, 2) if seconds else None,
-                    "chance": chance,
-                    "domains": dict(Counter(item.domain for item in dataset.items)),
-                    "held_out": held.get(dataset.name, 0),
-                }
-            )
-        record = {
-            "name": self.name,
-            "datasets": rows,
-            "domain_chances": {
-                domain: math.fsum(
-                    row["chance"] * row["domains"].get(domain, 0) / row["items"] for row in rows
-                )
-                for domain in DOMAINS
-            },
-            "augmentation": _jsonable(asdict(self.augmentation)) if self.augmentation else None,
-            "held_out": {domain: len(items) for domain, items in self.held_out().items()},
-            "test_sets": {dataset.name: len(dataset.items) for dataset in self.test_sets},
-            "notes": list(self.notes),
-        }
-        return _table(record), record
+        record = record_of(self)
+        return table_of(record), record
 
     def _sources(self, what: str) -> _Pool:
         """The pool that noise or music to add is drawn from; empty where augmentation never asks for it."""
@@ -298,7 +280,7 @@ class Mixture:
                 positions: Sequence[int] = range(len(dataset.items)) if dataset.name in names else ()
             else:
                 positions = [i for i, item in enumerate(dataset.items) if item.domain == domain]
-            parts.append((number, dataset.weight, positions))
+            parts.append((number, dataset.item_weight, positions))
         pool = _Pool(parts)
         if not len(pool):
             raise UsageError(
@@ -368,9 +350,10 @@ def _check(
     datasets: Sequence[Dataset], held_out: Sequence[Dataset], tests: Sequence[Dataset], share: float
 ) -> None:
     problems = [
-        f"weight of {dataset.name} is {dataset.weight!r}, expected a positive number"
+        f"{what} of {dataset.name} is {getattr(dataset, what)!r}, expected a positive number"
         for dataset in datasets
-        if not (math.isfinite(dataset.weight) and dataset.weight > 0)
+        for what in ("weight", "pieces")
+        if not (math.isfinite(getattr(dataset, what)) and getattr(dataset, what) > 0)
     ]
     everything = [*datasets, *held_out, *tests]
     names = [dataset.name for dataset in everything]
@@ -383,32 +366,6 @@ def _check(
         problems.append(f"the held-out share is {share!r}, expected 0 to below 1")
     if problems:
         raise UsageError("mixture: " + "; ".join(problems))
-
-
-def _table(record: Mapping[str, Any]) -> list[str]:
-    width = max(len("data set"), *(len(row["name"]) for row in record["datasets"]))
-    lines = [
-        f"{'data set':<{width}} {'weight':>6} {'items':>8} {'hours':>8} {'chance':>7} {'held out':>8}  "
-        "domains"
-    ]
-    for row in record["datasets"]:
-        hours = "?" if row["hours"] is None else f"{row['hours']:.1f}"
-        lines.append(
-            f"{row['name']:<{width}} {row['weight']:>6g} {row['items']:>8} {hours:>8} {row['chance']:>7.1%} "
-            f"{row['held_out']:>8}  {', '.join(row['domains'])}"
-        )
-    shares = ", ".join(f"{domain} {share:.1%}" for domain, share in record["domain_chances"].items())
-    held_out = ", ".join(f"{count} {domain}" for domain, count in record["held_out"].items()) or "none"
-    added = record["augmentation"]
-    lines += [
-        f"drawn: {shares}",
-        f"held out: {held_out}",
-        "augmentation: off"
-        if added is None
-        else f"augmentation: noise {added['noise_probability']:.1%}, music {added['music_probability']:.1%}, "
-        f"SNR {added['snr_db'][0]:g} to {added['snr_db'][1]:g} dB",
-    ]
-    return lines + [f"note: {note}" for note in record["notes"]]
 
 
 def _digest(items: Sequence[AudioItem]) -> str:

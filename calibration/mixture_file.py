@@ -20,8 +20,9 @@
     domain = "sounds"                   # speech, music, or sounds for everything else
     domains = {"music/*" = "music", "speech/*" = "speech"}
 
-For every data set: name, format, weight (1), limit (at most so many items, chosen by hash), optional (skipped
-with a note if its data is absent), use ("train"; "held_out": not drawn, all of it held out; "test": neither).
+For every data set: name, format, weight (1), pieces (1; windows that an average item fills: items of minutes
+count as several), limit (at most so many items, chosen by hash), optional (skipped with a note if its data is
+absent), use ("train"; "held_out": not drawn, all of it held out; "test": neither).
 By format (see the functions of `calibration.item_sources` and `calibration.manifests`):
 
     folder     path, domain; include, exclude, pattern, domains
@@ -88,6 +89,7 @@ RANGE: Check = (
     "two numbers",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)),
 )
+POSITIVE: Check = ("a number above 0", lambda value: _is_number(value) and value > 0)
 PROBABILITY: Check = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 
 TOP: dict[str, Check] = {
@@ -110,7 +112,8 @@ AUGMENTATION: dict[str, Check] = {
 COMMON: dict[str, Check] = {
     "name": TEXT,
     "format": TEXT,
-    "weight": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "weight": POSITIVE,
+    "pieces": POSITIVE,
     "limit": ("a whole number from 1 on", lambda value: _is_count(value) and value > 0),
     "optional": FLAG,
     "use": (f"one of {', '.join(USES)}", lambda value: value in USES),
@@ -221,7 +224,8 @@ def read_mixture(path: Path | str, roots: Mapping[str, Path | None]) -> Mixture:
             problems.append(f"{entry['name']}: {error}")
             continue
         use = "held_out" if entry["format"] == "eval_sets" else entry.get("use", "train")
-        sets[use].append(Dataset(entry["name"], float(entry.get("weight", 1.0)), items))
+        weight, pieces = float(entry.get("weight", 1.0)), float(entry.get("pieces", 1.0))
+        sets[use].append(Dataset(entry["name"], weight, items, pieces))
     if problems:
         raise UsageError(f"{file}: {'; '.join(problems)}")
     try:
@@ -319,11 +323,15 @@ def _wrong_dataset(number: int, entry: Mapping[str, Any]) -> list[str]:
         return [f"{where}format is {kind!r}, expected one of {', '.join(FORMATS)}"]
     known = COMMON | FORMATS[kind]
     if kind == "eval_sets":
-        known = {key: check for key, check in known.items() if key not in ("weight", "use")}
+        known = {key: check for key, check in known.items() if key not in ("weight", "pieces", "use")}
     problems = _wrong_keys(where, entry, known)
     problems += [f"{where}{key} is missing" for key in ("name", *REQUIRED[kind]) if key not in entry]
-    if entry.get("use", "train") != "train" and "weight" in entry:
-        problems.append(f"{where}a weight without effect: nothing is drawn from use = {entry['use']!r}")
+    if entry.get("use", "train") != "train":
+        problems += [
+            f"{where}{key} has no effect: nothing is drawn from use = {entry['use']!r}"
+            for key in ("weight", "pieces")
+            if key in entry
+        ]
     return problems
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from typing import Any
 import numpy as np
 
 from calibration.augmentation import mix_at_snr
+from calibration.manifests import declared_seconds, load_segment
 from calibration.mixture import DOMAINS, AudioItem, Key, Mixture
 from whisper_steer.errors import AudioError, UsageError
 
 SAMPLE_RATE = 16_000
 MAX_SAMPLES = 30 * SAMPLE_RATE  # Whisper's window
 FRAME_SAMPLES = 320  # 20 ms
+LONG = 120.0  # seconds; of a longer file only the drawn part is decoded
+SURELY_SHORT = 200_000  # bytes; smaller files are not asked for their length
 FAILURES_IN_A_ROW = 100  # then the audio is given up
 ENOUGH_TRIED = 200  # from this many different items on, more failures than successes are an error
 
@@ -97,13 +101,42 @@ class _AudioCache:
         self._kept: dict[Key, np.ndarray] = {}
         self._tried: set[Key] = set()
         self._failed: set[Key] = set()
+        self._long: dict[Key, float | None] = {}
         self._lock = threading.Lock()
 
-    def load(self, key: Key, item: AudioItem) -> np.ndarray | None:
-        """float32 (n,), or None if the item cannot be read.
+    def piece(self, key: Key, item: AudioItem, length: int, rng: np.random.Generator) -> np.ndarray | None:
+        """float32 (at most `length`,): the item, or a random part of a longer one, so that its end is heard
+        too; None if the item cannot be read.
 
         Raises AudioError: so many items cannot be read that something else must be wrong.
         """
+        seconds = self._seconds_if_long(key, item)
+        if seconds is not None and seconds * SAMPLE_RATE > length:
+            # drawn whether it is used or not: what is known of an item must not change the draws behind it
+            start = rng.uniform(0, seconds - length / SAMPLE_RATE)
+            if key in self._failed:
+                return None
+            try:
+                audio = load_segment(str(item.path), start, length / SAMPLE_RATE)
+                with self._lock:
+                    self._tried.add(key)
+                return audio.astype(np.float16).astype(np.float32)
+            except (AudioError, OSError):
+                pass  # a header that does not tell the truth, or a file that is damaged there
+        whole = self._whole(key, item)
+        return None if whole is None else _piece(whole, length, rng)
+
+    def _seconds_if_long(self, key: Key, item: AudioItem) -> float | None:
+        if item.audio is not None or item.path is None:
+            return None
+        if key not in self._long:
+            seconds = item.duration
+            if seconds is None and _size(item.path) >= SURELY_SHORT:
+                seconds = declared_seconds(item.path)
+            self._long[key] = seconds if seconds is not None and seconds > LONG else None
+        return self._long[key]
+
+    def _whole(self, key: Key, item: AudioItem) -> np.ndarray | None:
         with self._lock:
             kept, failed = self._kept.get(key), key in self._failed
         if failed:
@@ -220,13 +253,13 @@ class WindowPlan:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(
-        self, rng: np.random.Generator, pick: Callable[[np.random.Generator], Key]
+        self, rng: np.random.Generator, length: int, pick: Callable[[np.random.Generator], Key]
     ) -> tuple[np.ndarray, str]:
-        """(samples, domain) of the first item drawn by `pick` that can be read."""
+        """(at most `length` samples, domain) of the first item drawn by `pick` that can be read."""
         for _ in range(FAILURES_IN_A_ROW):
             key = pick(rng)
             item = self.mixture.item(key)
-            audio = self._cache.load(key, item)
+            audio = self._cache.piece(key, item, length, rng)
             if audio is not None:
                 return audio, item.domain
         raise AudioError(
@@ -235,8 +268,8 @@ class WindowPlan:
         )
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        audio, domain = self._read(rng, self.mixture.pick)
-        return self._augmented(_piece(audio, self.max_samples, rng), rng), domain
+        audio, domain = self._read(rng, self.max_samples, self.mixture.pick)
+        return self._augmented(audio, rng), domain
 
     def _augmented(self, audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         wanted = self.mixture.augmentation
@@ -247,8 +280,8 @@ class WindowPlan:
             ("music", wanted.music_probability),
         ):
             if rng.random() < probability:
-                added, _ = self._read(rng, lambda rng, domain=domain: self.mixture.pick_addition(domain, rng))  # type: ignore[misc]
-                audio = mix_at_snr(audio, _piece(added, len(audio), rng), rng.uniform(*wanted.snr_db))
+                added, _ = self._read(rng, len(audio), partial(self.mixture.pick_addition, domain))
+                audio = mix_at_snr(audio, added, rng.uniform(*wanted.snr_db))
         return audio
 
     def _packed(self, rng: np.random.Generator) -> Window:
@@ -269,8 +302,14 @@ class WindowPlan:
 
 
 def _piece(audio: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    """A random part of `length` samples of longer audio, so that its end is heard too."""
     if len(audio) <= length:
         return audio
     start = int(rng.integers(len(audio) - length + 1))
     return audio[start : start + length]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
