@@ -25,6 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # by expansion
 STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _GAP = 10.0  # points between the layer numbers at the margin
 _LEGEND_ROWS = 16
+_OVERALL = "L0, L2, FVU: means over domains of equal weight; alive: active in any domain's frames"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def draw_all(report: Mapping[str, Any], rows: Sequence[Row], out: Path) -> list[
     for name, (x, y, title) in FIGURES.items():
         panels = {panel: (chosen, "") for panel, chosen in _by_size(rows).items()}
         path = out / f"{name}.png"
-        if draw(panels, x, y, path, title=title, subtitle=f"{subtitle}\nmean over domains, equal weights"):
+        if draw(panels, x, y, path, title=title, subtitle=f"{subtitle}\n{_OVERALL}"):
             written.append(path)
     domains = [name for name in report.get("held_out") or {} if any(f"{name}_l0" in row for row in rows)]
     by_domain = {
@@ -119,8 +120,8 @@ def draw(
     every = [row for chosen, _ in panels.values() for row in chosen]
     layers = sorted({row["layer"] for row in every})
     expansions = sorted({row["expansion"] for row in every})
-    # the last fifth of the map is too pale on white
-    colours = [colormaps["viridis"](0.8 * i / max(1, len(layers) - 1)) for i in range(len(layers))]
+    # the last quarter of the map is too pale on white
+    colours = [colormaps["viridis"](0.77 * i / max(1, len(layers) - 1)) for i in range(len(layers))]
     looks = {layer: (colours[i], STYLES[i % len(STYLES)]) for i, layer in enumerate(layers)}
     sizes = _marker_sizes(every, x)
     columns = min(columns or (len(panels) if len(panels) <= 3 else 2), len(panels))
