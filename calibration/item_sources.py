@@ -222,9 +222,17 @@ def from_corpus(
     real: int = 600,
     seed: int = 0,
 ) -> list[AudioItem]:
-    """The clips of `calibration.training_clips.training_clips`, in their conditions."""
+    """The clips of `calibration.training_clips.training_clips`, in their conditions.
+
+    Raises FormatError: there is nothing in the corpus of what is asked for.
+    """
     from calibration.training_clips import training_clips
 
+    for kind, count in (("speech", speech), ("nonspeech", nonspeech)):
+        if count and corpus is not None and not any(corpus.glob(f"{kind}_*.jsonl")):
+            raise FormatError(
+                f"{corpus}: holds no {kind}; python -m calibration.synthesis --out {corpus} makes a corpus"
+            )
     clips = training_clips(corpus, data, speech=speech, nonspeech=nonspeech, real=real, seed=seed)
     return items_of(clips, name)
 

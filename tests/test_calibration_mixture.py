@@ -511,6 +511,10 @@ def test_the_bundled_models_mixture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(calibration.training_clips, "training_clips", clips)
     monkeypatch.setattr(calibration.corpus, "eval_sets", sets)
+    with pytest.raises(UsageError, match="corpus: .*holds no speech; python -m calibration.synthesis"):
+        load_mixture("mini.en", {"corpus": tmp_path})
+    for kind in ("speech", "nonspeech"):
+        (tmp_path / f"{kind}_000.jsonl").touch()
     mixture = load_mixture("mini.en", {"corpus": tmp_path, "data": None})
     assert asked == {
         "speech": 1500, "nonspeech": 1500, "real": 600, "seed": 0, "corpus": tmp_path, "data": None,
