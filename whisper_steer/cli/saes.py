@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from . import options
 from .output import print_json
 
 if TYPE_CHECKING:
+    from calibration.adapters import AudioEncoder
+
     from ..interop.convert import Conversion
+    from ..sae import SparseAutoencoder
 
 saes = typer.Typer(
     help="Convert sparse autoencoders from and to other libraries' formats.",
@@ -43,9 +48,19 @@ def import_(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The Whisper they were trained on: checked, and stored with them."),
+        typer.Option(
+            "--model",
+            help="The model they were trained on (Whisper, HuBERT, ...): checked, and stored with them.",
+        ),
     ] = None,
-    model_dir: options.ModelDir = None,
+    audio: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--audio",
+            metavar="PATH",
+            help="Audio files or folders to set missing thresholds on (with --model; may be repeated).",
+        ),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the matrices as float16.")] = False,
     overwrite: Overwrite = False,
     as_json: options.Json = False,
@@ -56,14 +71,19 @@ def import_(
     """
     import torch
 
-    from ..fileformat import model_metadata
     from ..interop.convert import import_saes
 
-    identity = None
+    identity: dict[str, Any] | None = None
+    calibrate: dict[str, Any] = {}
     if model is not None:
-        from ..zoo import load_model
+        from calibration.adapters import load_encoder
 
-        identity = model_metadata(load_model(model, device="cpu", download_root=model_dir))
+        encoder = load_encoder(model)
+        identity = encoder.metadata()
+        if audio:
+            calibrate["before_saving"] = _on_audio(encoder, audio)
+    elif audio:
+        raise UsageError("--audio is given without --model: name the model whose encoder is to hear it")
     done = import_saes(
         path,
         out,
@@ -72,6 +92,7 @@ def import_(
         model=identity,
         dtype=torch.float16 if half else torch.float32,
         overwrite=overwrite,
+        **calibrate,
     )
     _show(done, as_json)
 
@@ -88,6 +109,18 @@ def export(
     from ..interop.convert import export_saes
 
     _show(export_saes(path, out, format, overwrite=overwrite), as_json)
+
+
+def _on_audio(encoder: AudioEncoder, paths: list[str]) -> Callable[[Sequence[SparseAutoencoder]], None]:
+    """Sets the thresholds that are missing."""
+    from ..audio import find_audio
+
+    try:
+        from calibration.foreign_thresholds import calibrate_missing
+    except ImportError as error:
+        raise UsageError(f"--audio needs {error.name}: pip install 'whisper-steer[calibration]'") from error
+    files = find_audio(paths)
+    return lambda saes: calibrate_missing(saes, encoder, files)
 
 
 def _show(done: list[Conversion], as_json: bool) -> None:

@@ -117,7 +117,7 @@ def find_foreign(path: str | Path, *, format: str | None = None) -> list[Foreign
     else:
         found = [
             ForeignSAE(Path(root), _WEIGHTS[name], _layer(Path(root), _WEIGHTS[name]))
-            for root, _, names in os.walk(path, followlinks=True)
+            for root, _, names in os.walk(path)
             for name in sorted(_WEIGHTS.keys() & set(names))
         ]
     found = [sae for sae in found if format in (None, sae.format)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ def import_saes(
     model: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    before_saving: Callable[[Sequence[SparseAutoencoder]], None] = lambda saes: None,
 ) -> list[Conversion]:
     """Write every SAE found at `path` (or only `layer`'s) as `out`/layer_XX.safetensors, XX counted from 0.
 
     path, layer, format: as in `load_foreign`. model: fileformat.model_metadata of the model that the SAEs
     were trained on, stored with them. dtype: of the two matrices; torch.float16 halves the file.
+    before_saving: may change the SAEs in place, such as their thresholds.
 
     Raises FormatError, UsageError (layer unknown or twice, a file is there already), MismatchError (another
     width or fewer layers than the model has), ModelError (hub).
@@ -70,6 +72,7 @@ def import_saes(
         _check_model(sae, model, path)
     targets = [out / f"layer_{sae.layer:02d}.safetensors" for _, sae in pairs]
     _check_free(targets, overwrite)
+    before_saving([sae for _, sae in pairs])
     done = []
     for (library, sae), target in zip(pairs, targets, strict=True):
         if model is not None:

@@ -70,9 +70,8 @@ def load_dictionary_learning(path: str | Path, layer: int | None = None) -> Spar
         metadata[THRESHOLD_MISSING] = True
         logger.warning(
             "%s has no threshold: theta is set to 0, so that far more than k = %d latents are active; "
-            "calibrate it on audio with calibration.sae_quality.calibrate_threshold(sae, frames, %d)",
+            "set it on audio with: whisper-steer saes import --model NAME --audio PATH",
             weights,
-            k,
             k,
         )
     parts = _parts(kind, tensors, theta, weights)

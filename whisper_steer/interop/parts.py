@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -254,6 +255,7 @@ def whole_k(value: Any, where: Path) -> int:
     """k as a whole number >= 1: libraries store it as int, float (an average) or tensor."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or round(value) < 1:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or round(value) < 1:
         raise FormatError(f"{where}: k is {value!r}, expected a number >= 1")
     return round(value)

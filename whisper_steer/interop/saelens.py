@@ -113,8 +113,11 @@ def recorded_layer(config: dict[str, Any]) -> int | None:
 
 def _recorded(config: dict[str, Any], name: str) -> Any:
     """From "metadata" (since 6.0), else from the top."""
-    metadata = config.get("metadata")
-    return (metadata.get(name) if isinstance(metadata, dict) else None) or config.get(name)
+    return _table(config.get("metadata")).get(name) or config.get(name)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _architecture(config: dict[str, Any], where: Path) -> str:
@@ -140,13 +143,13 @@ def _architecture(config: dict[str, Any], where: Path) -> str:
 def _activation(config: dict[str, Any], architecture: str, where: Path) -> tuple[str, int | None]:
     """(our activation, k)."""
     if architecture == "topk":
-        k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
-        return "topk", whole_k(k, where)
+        before_6 = _table(config.get("activation_fn_kwargs")).get("k")
+        return "topk", whole_k(config.get("k", before_6), where)
     if architecture in ("batchtopk", "matryoshka_batchtopk"):
         return "batchtopk", whole_k(config.get("k"), where)
     if architecture == "jumprelu":
         trained = _recorded(config, "training_architecture")
-        k = (_recorded(config, "training_architecture_details") or {}).get("k")
+        k = _table(_recorded(config, "training_architecture_details")).get("k")
         if trained in ("batchtopk", "matryoshka_batchtopk") and k is not None:
             return "batchtopk", whole_k(k, where)
     return ("relu" if architecture == "standard" else "jumprelu"), None
