@@ -117,22 +117,24 @@ def export_saes(
             records[one.name, one.layer] = found
     if records and progress:
         print(f"{len(records)} of {len(trained)} SAEs were measured before", file=sys.stderr)
-    listener = _listener(encoder, clips) if missing else None
-    with tqdm(
-        total=len(trained), initial=len(records), desc="measuring", unit="SAE", disable=not progress
-    ) as bar:
+    with tqdm(total=len(trained), initial=len(records), unit="SAE", disable=not progress) as bar:
+        bar.set_description("hearing clips without SAEs")
+        listener = _listener(encoder, clips) if missing else None
         for layers in layer_groups(
             sorted({one.layer for one in missing}), encoder.d_model, clips, memory, progress=progress
         ):
+            bar.set_description(f"encoding held-out clips, {len(layers)} layers")
             frames = collect_halves(encoder, clips, layers)
             for position, layer in enumerate(layers):
                 halves = [{name: x[position] for name, x in half.items()} for half in frames]
                 for one in missing:
                     if one.layer != layer:
                         continue
+                    bar.set_description(f"measuring {_path(out, one).relative_to(out)}")
                     sae = _rounded(one.export(), dtype).to(encoder.device)
                     record = _measured(one, sae, _path(out, one).relative_to(out), halves, clips, listener)
                     sae.metadata = {
+                        **sae.metadata,
                         **metadata,
                         "calibrated_on": {name: len(chosen) for name, chosen in held_out.items()},
                         "theta_calibration": record["theta_calibration"],

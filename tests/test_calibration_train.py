@@ -1,144 +1,318 @@
-import json
+"""The training command as a user gives it: a folder of recordings in, measured SAEs out."""
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from calibration_tools import clips, make_terse_whisper
+from audio_files import write_wav
+from calibration_tools import make_terse_whisper, sound
+from safetensors.torch import load_file
 
-from calibration.activations import encode_clip
-from calibration.sae_quality import calibrate_threshold, collect_frames, domain_quality, spliced
-from calibration.train import TrainConfig, export_saes, learning_factor, parse_layers, train_saes
-from whisper_steer.errors import UsageError
-from whisper_steer.fileformat import encoder_sha256
+from calibration.engine import TrainingRun
+from calibration.frame_source import SourceSpec, build_mixture, source_of
+from calibration.frames import StreamingFrames
+from calibration.mixture import DOMAINS, Mixture
+from calibration.plan import WindowPlan
+from calibration.recipe import TrainConfig
+from calibration.train import available_memory, config_of, main, parser, train
+from calibration.write_through import WriteThroughCache
+from whisper_steer.errors import AudioError, UsageError, WhisperSteerError
 from whisper_steer.sae import SparseAutoencoder
 
-CONFIG = TrainConfig(expansion=2, k=4, frames=6000, batch=256, buffer_mb=1, packed=0.5, lr=5e-3)
+REPO = Path(__file__).parent.parent
+FLAGS = ["--k", "3", "--expansion", "2", "--batch", "64", "--steps", "9", "--buffer-batches", "4",
+         "--lr", "0.003", "--warm-up", "2", "--wer-clips", "2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_terse_whisper(1)
+def world(tmp_path_factory):
+    """A model file, and a folder of recordings with transcripts; one file is damaged."""
+    folder = tmp_path_factory.mktemp("world")
+    model = make_terse_whisper(1)
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, folder / "tiny.pt")
+    (folder / "audio").mkdir()
+    for number in range(24):
+        write_wav(folder / "audio" / f"{number:02d}.wav", sound(f"clip {number}", 1.5, speech=True))
+        (folder / "audio" / f"{number:02d}.txt").write_text("hello world\n")
+    (folder / "audio" / "damaged.wav").write_bytes(b"RIFF nonsense")
+    return folder
+
+
+def flags(world, out, *more):
+    return [
+        "--model",
+        str(world / "tiny.pt"),
+        "--audio",
+        str(world / "audio"),
+        "--out",
+        str(out),
+        *FLAGS,
+        *more,
+    ]
+
+
+def files(out):
+    return {
+        path.relative_to(out).as_posix(): load_file(path)
+        for path in sorted(out.rglob("layer_*.safetensors"))
+        if "checkpoints" not in path.parts
+    }
+
+
+def assert_same_saes(found, expected, exact=True):
+    assert set(found) == set(expected) and expected
+    for name, tensors in expected.items():
+        for key, value in tensors.items():
+            if exact:
+                assert torch.equal(found[name][key], value), (name, key)
+            else:
+                torch.testing.assert_close(found[name][key].float(), value.float(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.fixture(scope="module")
-def sounds():
-    sets = clips(3, 3)
-    return [clip for group in sets.values() for clip in group]
-
-
-@pytest.fixture(scope="module")
-def trained(model, sounds, tmp_path_factory):
+def trained(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("saes")
-    return out, train_saes(model, sounds, CONFIG, out, progress=False)
+    main(flags(world, out))
+    return out
 
 
-def test_a_killed_run_ends_with_the_same_weights(model, sounds, trained, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def kill(round_index):
-        if round_index == 0:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train_saes(model, sounds, CONFIG, tmp_path, progress=False, after_round=kill)
-    rounds = []
-    resumed = train_saes(model, sounds, CONFIG, tmp_path, progress=False, after_round=rounds.append)
-    assert rounds == [1]  # 4096 frames fit into the buffer: two rounds, the first one was done
-    for one, other in zip(trained[1], resumed, strict=True):
-        for name, tensor in one.state("").items():
-            assert torch.equal(tensor, other.state("")[name]), name
+def test_a_folder_of_recordings_becomes_measured_saes(world, trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert [(row["layer"], row["k"], row["n_latents"]) for row in report["saes"]] == [(0, 3, 64), (1, 3, 64)]
+    for row in report["saes"]:
+        assert row["domains"]["speech"]["frames"] > 100 and 0 < row["domains"]["speech"]["fvu"] < 2
+        assert row["recipe"]["steps"] == 9 and row["recipe"]["k"] == 3
+    sae = SparseAutoencoder.load(trained / "layer_01.safetensors")
+    assert sae.metadata["theta_calibration"]["target_l0"] == 3
+    assert sae.metadata["input_scale"] > 0 and len(sae.metadata["input_mean"]) == 32
+    assert sae.metadata["base_model"] == "tiny" and sae.metadata["variant"] == "batchtopk"
 
 
-def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(model, sounds, trained):
-    out, trainers = trained
-    again = train_saes(model, sounds, CONFIG, out, progress=False, after_round=pytest.fail)
-    assert torch.equal(again[0].sae.W_enc, trainers[0].sae.W_enc)
-    with pytest.raises(UsageError, match=r"other settings \(config\)"):
-        train_saes(model, sounds, TrainConfig(expansion=2, k=5, frames=6000, batch=256, buffer_mb=1), out)
-    with pytest.raises(UsageError, match=r"\(encoder_sha256\)"):
-        train_saes(make_terse_whisper(2), sounds, CONFIG, out)
+def test_unreadable_files_are_listed_once(trained):
+    lines = (
+        (trained / "skipped.jsonl").read_text().splitlines() if (trained / "skipped.jsonl").exists() else []
+    )
+    held_out = json.loads((trained / "report.json").read_text())["skipped"]
+    named = [json.loads(line)["path"] for line in lines] + list(held_out)
+    assert len(named) == 1 and "damaged.wav" in named[0]
 
 
-def test_export_writes_every_layer_and_the_report(model, trained, tmp_path):
-    report = export_saes(model, trained[1], clips(4, 4), CONFIG, tmp_path, wer_clips=2, progress=False)
-    assert report == json.loads((tmp_path / "report.json").read_text())
-    assert [row["layer"] for row in report["layers"]] == [0, 1]
-    for layer, row in enumerate(report["layers"]):
-        sae = SparseAutoencoder.load(tmp_path / f"layer_{layer:02d}.safetensors")
-        assert (sae.layer, sae.n_latents, sae.activation, sae.k) == (layer, 64, "batchtopk", 4)
-        assert sae.metadata["encoder_sha256"] == encoder_sha256(model)
-        assert sae.metadata["calibrated_on"] == {"speech": 4, "tones": 4}
-        both = (row["speech"]["l0"] + row["nonspeech"]["l0"]) / 2
-        assert both == pytest.approx(4, rel=0.5)  # set on other clips than it is measured on
-        assert 0 < row["speech"]["fvu"] < 0.9
-        assert max(row["speech"]["alive"], row["nonspeech"]["alive"]) <= row["alive"] <= 1
-        assert row["speech"]["frames"] == 200  # two clips of 2 s, no padding
-        assert row["wer_plain"]["clips"] == 2 and row["wer_spliced"]["value"] >= 0
-        # measured with the rounded weights that the file holds
-        x = collect_frames(model, clips(4, 4)["speech"][1::2], 1000)[layer]
-        assert domain_quality(sae, x).l0 == pytest.approx(row["speech"]["l0"])
+def test_the_same_command_again_changes_nothing(world, trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("layer_*.safetensors")}
+    main(flags(world, trained))
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("layer_*.safetensors")} == before
+    assert "going on from the checkpoint of step 9" in capsys.readouterr().err
 
 
-def test_threshold_hits_its_target_exactly():
-    torch.manual_seed(0)
-    sae = SparseAutoencoder(8, 32, k=3)
-    x = torch.randn(20_000, 8)
-    calibrate_threshold(sae, x, 3)
-    with torch.no_grad():
-        assert float((sae.encode(x) > 0).sum()) == 60_000
-    calibrate_threshold(sae, x, 1000)  # more than there are positive pre-activations: all of them stay
-    assert float(sae.theta[0]) == 0.0
+def test_a_grid_leaves_a_table_and_figures(world, tmp_path, capsys):
+    main(flags(world, tmp_path, "--k", "2,4", "--seed", "0,1", "--layers", "1", "--wer-clips", "0"))
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("layer_*.safetensors")}
+    names = {name for name in names if not name.startswith("checkpoints")}
+    variants = [f"batchtopk-k{k}-x2-seed{seed}" for k in (2, 4) for seed in (0, 1)]
+    assert names == {f"{variant}/layer_01.safetensors" for variant in variants}
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+    assert len(list(tmp_path.glob("*.png"))) >= 3
+    captured = capsys.readouterr()
+    assert "operating point" in captured.out and "4 SAEs in" in captured.out
+    assert "frames: streamed from the audio" in captured.err and "memory:" in captured.err
 
 
-def test_quality_of_known_saes():
-    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 0.0]])
-    sae = SparseAutoencoder(2, 3, k=1)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
-        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-    perfect = domain_quality(sae, x)
-    assert perfect.l0 == pytest.approx(0.75) and perfect.fvu == 0.0 and perfect.alive == pytest.approx(2 / 3)
-    with torch.no_grad():
-        sae.W_dec.zero_()
-        sae.b_dec.copy_(x.mean(0))
-    assert domain_quality(sae, x).fvu == pytest.approx(1.0)
-    assert domain_quality(sae, x[:0]).frames == 0
+def test_a_cache_changes_nothing_but_the_encoding(world, trained, tmp_path, monkeypatch):
+    main(flags(world, tmp_path / "first", "--cache", str(tmp_path / "frames")))
+    assert_same_saes(files(tmp_path / "first"), files(trained))
+
+    def never(*_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(StreamingFrames, "load", never)
+    main(flags(world, tmp_path / "second", "--cache", str(tmp_path / "frames")))
+    assert_same_saes(files(tmp_path / "second"), files(trained))
 
 
-def test_frames_of_long_clips_are_spread_and_bounded(model):
-    frames = collect_frames(model, clips(3, 0, seconds=3.0)["speech"], 250, per_clip=100)
-    assert frames.shape == (2, 250, 32)
-    whole = encode_clip(model, clips(1, 0, seconds=3.0)["speech"][0].load()).frames
-    torch.testing.assert_close(frames[:, 0], whole[:, 0])
-    torch.testing.assert_close(frames[:, 99], whole[:, 149])
-
-
-def test_splicing_replaces_one_layers_output_and_is_undone(model):
-    sae = SparseAutoencoder(32, 8, k=2, layer=0)
-    mel = torch.randn(1, 80, 3000)
-    plain = model.encoder(mel)
-    with torch.no_grad(), spliced(model, sae):
-        changed = model.encoder(mel)
-    assert not torch.allclose(plain, changed)
-    assert torch.equal(model.encoder(mel), plain)
-
-
-def test_learning_rate_rises_holds_and_falls():
-    factors = [learning_factor(step, 100, 0.05, 0.2) for step in range(100)]
-    assert factors[0] == pytest.approx(0.2) and factors[4] == 1.0
-    assert factors[50] == factors[80] == 1.0
-    assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05)
+def test_encoding_beside_or_between_gives_the_same(world, trained, tmp_path):
+    main(flags(world, tmp_path, "--no-background", "--wer-clips", "0"))
+    assert_same_saes(files(tmp_path), files(trained))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("k", 0), ("frames", 0), ("lr", 0.0), ("lr", float("nan")), ("packed", 1.5)]
+    ("more", "message"),
+    [
+        (["--k", "0"], r"k is \[0\]"),
+        (["--layers", "7"], "layer 7 does not exist"),
+        (["--audio", "/nowhere"], "nowhere"),
+        (["--steps", "10"], r"config\.steps: 9, now 10"),
+        (["--data-seed", "3"], "data_seed: 0, now 3"),
+        (
+            ["--buffer-batches", "100000000", "--steps", "100000000", "--out", "elsewhere"],
+            "memory are needed",
+        ),
+    ],
 )
-def test_senseless_settings(name, value):
-    with pytest.raises(UsageError, match=f"{name} is {value}"):
-        TrainConfig(**{name: value})
+def test_mistakes_are_one_line(world, trained, more, message):
+    with pytest.raises(WhisperSteerError, match=message) as caught:
+        main(flags(world, trained, *more))
+    assert "\n" not in str(caught.value)
 
 
-def test_layers_option():
-    assert parse_layers("all") is None and parse_layers("0,3") == [0, 3]
-    with pytest.raises(UsageError, match="layers is 'x'"):
-        parse_layers("x")
+def test_without_audio_the_way_out_is_named(world):
+    with pytest.raises(UsageError, match="give --audio FOLDER"):
+        main(["--model", str(world / "tiny.pt")])
+
+
+def test_flags_win_over_the_mixture_and_the_mixture_over_the_defaults(tmp_path):
+    mixture = Mixture.of([Recording("a"), Recording("b")])
+    mixture.training.update({"k": [25, 50], "lr": 0.1, "steps": 77})
+    config = config_of(parser().parse_args(["--k", "9", "--data-seed", "4"]), mixture, 2)
+    assert (config.k, config.lr, config.steps, config.data_seed, config.shards) == ((9,), 0.1, 77, 4, 2)
+    assert config.batch == TrainConfig().batch
+    mixture.training["steps_per_epoch"] = 3
+    with pytest.raises(UsageError, match="settings of clips: steps_per_epoch is unknown"):
+        config_of(parser().parse_args([]), mixture, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say how much is free")
+def test_available_memory_is_read_from_the_system():
+    available = available_memory()
+    assert available is not None and 10**8 < available < 10**14
+
+
+# ---------- frames from audio
+
+
+class Recording:
+    kind = "speech"
+
+    def __init__(self, name, seconds=0.7):
+        self.id, self.seconds = name, seconds
+
+    def load(self):
+        return sound(self.id, self.seconds, speech=True)
+
+
+class FakeEncoder:
+    """Every frame's vector is its number in the window."""
+
+    name, n_layers, d_model, frame_samples, max_samples = "fake", 3, 2, 320, 480_000
+
+    def metadata(self):
+        return {"base_model": "fake"}
+
+    def encode(self, audios, layers):
+        lengths = [len(audio) // 320 for audio in audios]
+        return [
+            torch.arange(n, dtype=torch.float32)[None, :, None].expand(len(layers), n, 2)
+            + 100.0 * torch.tensor(layers)[:, None, None]
+            for n in lengths
+        ]
+
+
+def streaming(unit_frames=100, dtype=torch.float16, clips=None, encoder=None):
+    plan = WindowPlan(Mixture.of(clips or [Recording("a"), Recording("b")]), seed=3, packed_share=0)
+    return StreamingFrames(
+        encoder or FakeEncoder(), plan, layers=[0, 2], unit_frames=unit_frames, dtype=dtype, batch=2
+    )
+
+
+def test_units_hold_true_frames_only_and_depend_on_round_and_shard():
+    source = streaming()
+    unit = source.load(0, 0)
+    assert unit.data.shape == (2, 100, 2) and unit.data.dtype == torch.float16
+    expected = torch.cat([torch.arange(35)] * 3)[:100].half()  # clips of 0.7 s: 35 frames each
+    assert torch.equal(unit.data[0, :, 0], expected) and torch.equal(unit.data[1, :, 0], expected + 200)
+    assert unit.domains.tolist() == [DOMAINS.index("speech")] * 100
+    again = streaming().load(0, 0)
+    assert torch.equal(again.data, unit.data)
+    assert source.identity() == streaming().identity() != streaming(unit_frames=50).identity()
+
+
+def test_activations_that_overflow_are_named():
+    class Loud(FakeEncoder):
+        def encode(self, audios, layers):
+            return [frames * 1e6 for frames in super().encode(audios, layers)]
+
+    with pytest.raises(AudioError, match="use --dtype bfloat16"):
+        streaming(encoder=Loud()).load(0, 0)
+    assert streaming(encoder=Loud(), dtype=torch.bfloat16).load(0, 0).data.max() > 1e7
+    with pytest.raises(UsageError, match="expected one of float16"):
+        streaming(dtype=torch.int8)
+
+
+def test_write_through_reads_what_it_wrote(tmp_path):
+    source = streaming()
+    cached = WriteThroughCache(source, tmp_path)
+    assert cached.identity() == source.identity()
+    first = cached.load(1, 0)
+    assert torch.equal(first.data, source.load(1, 0).data)
+    source.load = None  # type: ignore[method-assign]
+    assert torch.equal(cached.load(1, 0).data, first.data)
+    with pytest.raises(UsageError, match="other settings"):
+        WriteThroughCache(streaming(unit_frames=50), tmp_path)
+
+
+def test_the_same_spec_gives_the_same_frames_anywhere(world):
+    spec = SourceSpec(model=str(world / "tiny.pt"), audio=world / "audio", unit_frames=40)
+    from calibration.adapters import load_encoder
+
+    mixture = build_mixture(spec)
+    assert 1 <= sum(map(len, mixture.held_out().values())) <= 12
+    source = source_of(spec, load_encoder(spec.model), mixture)
+    assert source.layers == (0, 1) and np.isfinite(source.load(0, 0).data.float().numpy()).all()
+
+
+# ---------- really killed, really distributed
+
+
+def command(world, out, *more):
+    return [sys.executable, "-m", "calibration.train", *flags(world, out, "--wer-clips", "0", *more)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(REPO)}
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_random_moments_of_the_command(world, trained, tmp_path):
+    rng, killed = random.Random(5), 0
+    for attempt in range(20):
+        process = subprocess.Popen(
+            command(world, tmp_path, "--checkpoint-minutes", "0"),
+            cwd=REPO,
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        if attempt < 6:
+            time.sleep(rng.uniform(3.0, 9.0))
+            process.send_signal(signal.SIGKILL)
+        process.wait(300)
+        killed += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert killed >= 1 and process.returncode == 0
+    assert_same_saes(files(tmp_path), files(trained))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["gradients", "saes"])
+def test_torchrun_gives_what_one_process_gives(world, tmp_path, split):
+    main(flags(world, tmp_path / "one", "--shards", "2", "--wer-clips", "0"))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    torchrun += ["--rdzv-endpoint=localhost:0", *command(world, tmp_path / "two", "--split", split)[1:]]
+    done = subprocess.run(
+        [sys.executable, *torchrun], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_saes(files(tmp_path / "two"), files(tmp_path / "one"), exact=split == "saes")
+
+
+def test_training_is_importable_without_starting():
+    assert callable(train) and callable(TrainingRun)
