@@ -1,12 +1,9 @@
-import numpy as np
 import pytest
 import torch
 import whisper
-from calibration_tools import RATE, FakeClip, make_terse_whisper, sound
+from calibration_tools import make_terse_whisper, sound
 
 from calibration.activations import (
-    ActivationBuffer,
-    WindowPlan,
     encode_clip,
     encode_windows,
     finish_encoder,
@@ -85,63 +82,3 @@ def test_iterate_windows_batches_without_changing_anything(model):
     assert [n for _, n in found] == [50, 125, 1500]
     for audio, (activations, _) in zip(audios, found, strict=True):
         torch.testing.assert_close(activations, encode_windows(model, window_mels(audio, 80)[:1])[:, 0])
-
-
-def plan(share, seed=0, cache_bytes=2**20):
-    clips = [FakeClip(f"c{i}", "speech", 2.0 + i) for i in range(3)]
-    return WindowPlan(clips, seed=seed, packed_share=share, cache_bytes=cache_bytes)
-
-
-def test_plan_repeats_by_seed_and_round_whatever_is_cached():
-    def first(p, round_index):
-        stream = p.windows(round_index)
-        return [next(stream) for _ in range(4)]
-
-    one, other = first(plan(0.5), 0), first(plan(0.5, cache_bytes=0), 0)
-    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    changed = first(plan(0.5), 1)
-    assert not all(np.array_equal(a, b) for a, b in zip(one, changed, strict=True))
-
-
-def test_packed_windows_are_full_and_single_ones_are_clips():
-    packed = next(plan(1.0).windows(0))
-    assert len(packed) == 30 * RATE and packed.dtype == np.float32
-    single = next(plan(0.0).windows(0))
-    assert len(single) in (2 * RATE, 3 * RATE, 4 * RATE)
-
-
-def test_a_plan_needs_clips():
-    with pytest.raises(UsageError, match="no training clips"):
-        WindowPlan([], seed=0)
-
-
-def test_buffer_capacity_is_whole_batches_within_the_limit():
-    buffer = ActivationBuffer(2, 8, batch=10, max_bytes=2 * 8 * 4 * 35)
-    assert buffer.capacity == 30 and buffer.batches_per_round == 3 and buffer.nbytes == 2 * 8 * 4 * 30
-    with pytest.raises(UsageError, match="cannot hold one batch of 10 frames x 2 layers x 8"):
-        ActivationBuffer(2, 8, batch=10, max_bytes=100)
-
-
-def test_buffer_serves_every_true_frame_once_and_no_padding():
-    buffer = ActivationBuffer(2, 4, batch=10, max_bytes=2 * 4 * 4 * 40)
-    padding = torch.full((2, 1500, 4), -1.0)
-    windows = []
-    for start, n_true in ((0, 15), (15, 7), (22, 30)):
-        window = padding.clone()
-        window[:, :n_true] = torch.arange(start, start + n_true, dtype=torch.float32)[None, :, None]
-        windows.append((window, n_true))
-    buffer.fill(iter(windows))
-    batches = list(buffer.batches([1]))
-    assert [batch.shape for batch in batches] == [(2, 10, 4)] * 4
-    served = torch.cat(batches, dim=1)
-    assert sorted(served[0, :, 0].tolist()) == list(range(40))
-    assert torch.equal(served[0], served[1])  # layers stay aligned
-    assert served[0, :, 0].tolist() != list(range(40))
-    again = torch.cat(list(buffer.batches([1])), dim=1)
-    assert torch.equal(again, served)
-
-
-def test_buffer_says_when_the_audio_ends_too_early():
-    buffer = ActivationBuffer(1, 4, batch=10, max_bytes=10 * 16)
-    with pytest.raises(UsageError, match="ended after 3 frames, the buffer needs 10"):
-        buffer.fill(iter([(torch.zeros(1, 1500, 4), 3)]))
