@@ -564,6 +564,10 @@ class TestLoadSAE:
             zoo.load_sae("mini.en", 1)
         with pytest.raises(ModelError, match="none is kept"):
             zoo.load_sae("base", 0)
+        SparseAutoencoder(32, 8, k=4, layer=2).save(folder / "seed1" / "layer_02.safetensors")
+        assert zoo.load_sae("mini.en", 2, "seed1").k == 4
+        with pytest.raises(ModelError, match=r"no SAE \(seed1\) for layer 0 of mini.en: layers 2 are kept"):
+            zoo.load_sae("mini.en", 0, "seed1")
 
 
 class TestModels:

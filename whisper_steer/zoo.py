@@ -188,23 +188,25 @@ def steering_for(model: Whisper) -> Steering:
     )
 
 
-def load_sae(model_name: str, layer: int) -> SparseAutoencoder:
-    """The SAE kept for one encoder layer (0-based) of a model. Raises ModelError if there is none."""
+def load_sae(model_name: str, layer: int, variant: str | None = None) -> SparseAutoencoder:
+    """The SAE kept for one encoder layer (0-based) of a model.
+
+    variant: a folder of further SAEs of the same layers, such as "seed1" (another start, for stability), or
+    one of a training run's grid; None: the recommended one. Raises ModelError if there is none.
+    """
     from .sae import SparseAutoencoder
 
-    for folder in _folders_of(model_name):
+    folders = [folder / variant if variant else folder for folder in _folders_of(model_name)]
+    for folder in folders:
         path = folder / f"layer_{layer:02d}.safetensors"
         if path.is_file():
             return SparseAutoencoder.load(path)
     layers = sorted(
-        {
-            int(path.stem[-2:])
-            for folder in _folders_of(model_name)
-            for path in folder.glob("layer_[0-9][0-9].safetensors")
-        }
+        {int(path.stem[-2:]) for folder in folders for path in folder.glob("layer_[0-9][0-9].safetensors")}
     )
+    which = f" ({variant})" if variant else ""
     kept = f"layers {', '.join(map(str, layers))} are kept" if layers else "none is kept for this model"
-    raise ModelError(f"no SAE for layer {layer} of {model_name}: {kept}")
+    raise ModelError(f"no SAE{which} for layer {layer} of {model_name}: {kept}")
 
 
 def _load_plain(name: str, download_root: str | Path | None) -> tuple[Whisper, str]:
