@@ -1,6 +1,6 @@
 """What training shares between processes; alone, every operation returns its own input.
 
-torchrun sets the environment; `connected` joins the group (gloo on a CPU, NCCL on GPUs).
+torchrun sets the environment; `connected` joins the group (gloo for what is on the CPU, NCCL on GPUs).
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ class Collective:
 
     def wait(self) -> None:
         """Until every process is here."""
-        if self.size > 1:
-            dist.barrier()
+        self.count(0)
 
 
 ALONE = Collective()
@@ -92,7 +91,10 @@ def connected() -> Iterator[Collective]:
     if size == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # counts and candidates are on the CPU everywhere, gradients where the SAEs are
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Collective(dist.get_rank(), dist.get_world_size())
     finally:

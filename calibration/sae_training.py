@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,9 +196,9 @@ class SAETrainer:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
             pre = self.sae.pre_activations(z)
         pre = pre.float()
-        codes = self.form(pre)
+        codes = self._everyones_largest(pre) if self.collective.size > 1 else self.form(pre)
         errors = torch.zeros(len(z), device=z.device)
-        reconstruction = self.sae.b_dec
+        reconstruction: Tensor = self.sae.b_dec
         begin = 0
         for end in self.prefixes:
             with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
@@ -216,6 +217,22 @@ class SAETrainer:
         loss = loss + self._auxiliary_loss(z, residual.detach(), active.any(dim=0))
         loss.backward()
         return Step(last.detach(), active.sum(dim=1))
+
+    def _everyones_largest(self, pre: Tensor) -> Tensor:
+        """The form's codes where BatchTopK's batch is that of all processes."""
+        if not isinstance(self.form, BatchTopK):
+            return self.form(pre)
+        with torch.no_grad():
+            wanted = self.form.k * len(pre) * self.collective.size
+            flat = pre.detach().reshape(-1)
+            for hint in (0.7 * float(self.form.smallest_kept), 0.0):
+                candidates = self.collective.joined(flat[flat > hint].cpu().numpy())
+                if len(candidates) >= wanted:
+                    break
+            largest = np.partition(candidates, -wanted)[-wanted:] if len(candidates) > wanted else candidates
+            smallest = torch.tensor(float(largest.min()) if len(largest) else 0.0, device=pre.device)
+            self.form._track(smallest)
+        return torch.where(pre >= smallest.clamp_min(1e-30), pre, torch.zeros((), device=pre.device))
 
     def _target_loss(self, pre: Tensor) -> Tensor:
         """(L0 / k - 1)^2 with L0 over all processes; without k, L0 itself."""

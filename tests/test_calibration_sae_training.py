@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
+from calibration.collectives import Collective
 from calibration.sae_training import PREFIXES, VARIANTS, SAETrainer
 from calibration.sparse_codes import LargestOfBatch, LargestOfFrame, SparseCodes, sparse_products_work
 from whisper_steer.activation_functions import BatchTopK, topk
@@ -297,3 +299,38 @@ def test_an_unknown_variant_is_refused():
         SAETrainer(0, 16, 64, activation="gelu")
     with pytest.raises(UsageError, match="k is None"):
         SAETrainer(0, 16, 64, activation="topk", k=None)
+
+
+class WithNeighbour(Collective):
+    """The first of two processes; the other one's pre-activations are known."""
+
+    def __new__(cls, *_):
+        return object.__new__(cls)
+
+    def __init__(self, neighbours):
+        super().__init__(0, 2)
+        object.__setattr__(self, "neighbours", neighbours)
+
+    def joined(self, values):
+        return np.concatenate([values, self._as_sifted(len(values))])
+
+    def count(self, value):
+        return value + len(self._as_sifted(value))
+
+    def _as_sifted(self, own):
+        """It uses the same hint: where that leaves nothing here, it leaves nothing there."""
+        return self.neighbours[self.neighbours > 0] if own else self.neighbours[:0]
+
+
+@pytest.mark.parametrize("hint", [0.0, 0.5, 100.0])
+def test_with_several_processes_the_largest_of_all_frames_are_kept(hint):
+    both = torch.randn(40, 64, generator=torch.Generator().manual_seed(8))
+    expected = BatchTopK(64, 4)(both)[:20]
+    assert int((expected > 0).sum()) != 80  # the halves do not hold equal shares
+    collective = WithNeighbour(both[20:].flatten().numpy())
+    one = trainer(collective=collective, sparse=False)
+    one.form.smallest_kept.fill_(hint)
+    assert torch.equal(one._everyones_largest(both[:20]), expected)
+    choose = LargestOfBatch(4)
+    choose.smallest = hint
+    assert torch.equal(choose.of(both[:20], collective).matrix().to_dense(), expected)
