@@ -307,3 +307,11 @@ def test_inspect_bad_files(folder: Path, damage: str, capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("error: ") and str(path) in captured.err
+
+
+def test_inspect_shortens_long_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SparseAutoencoder(4, 8, k=2, metadata={"input_mean": [0.5] * 768})
+    sae.save(tmp_path / "layer_00.safetensors")
+    assert main(["inspect", str(tmp_path / "layer_00.safetensors")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("input_mean")]
+    assert line.split(maxsplit=1)[1] == "0.5 " * 16 + "... (768 values, all with --json)"

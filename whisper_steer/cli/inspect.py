@@ -9,6 +9,8 @@ import typer
 from . import options
 from .output import print_json
 
+LONGEST = 16  # values of a list that are shown; --json has all
+
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A .safetensors file, or a folder of them.")],
@@ -50,5 +52,6 @@ def _plain(item: Any) -> str:
         return f"{item:.6g}"
     if isinstance(item, list):
         pairs = any(isinstance(part, list) for part in item)
-        return (", " if pairs else " ").join(_plain(part) for part in item)
+        shown = (", " if pairs else " ").join(_plain(part) for part in item[:LONGEST])
+        return shown if len(item) <= LONGEST else f"{shown} ... ({len(item)} values, all with --json)"
     return str(item)
