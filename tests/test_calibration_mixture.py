@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.mixture import DOMAINS, AudioItem, Augmentation, Dataset, Mixture, is_held_out, load_mixture
-from calibration.mixture_file import bundled
 from calibration.plan import WindowPlan
+from calibration.recipe import TrainConfig
 from calibration.training_clips import TrainingClip
 from whisper_steer.errors import AudioError, FormatError, UsageError
 
@@ -473,13 +473,13 @@ def test_the_papers_mixture_draws_from_the_real_layouts(paper_tree):
     assert seen == set(DOMAINS) and len(plan.skipped) == 0
 
 
-def test_the_papers_recipe():
-    import calibration.mixture_file as mixture_file
-
-    table = mixture_file._parsed(bundled()["audiosae"])
-    recipe = table["training"]
-    expected = {"k": 50, "expansion": 8, "batch": 2500, "steps": 200_000, "lr": 2e-4, "buffer_batches": 100}
-    assert expected.items() <= recipe.items() and table["held_out"] == 0.02
+def test_the_papers_recipe(paper_tree):
+    mixture = load_mixture("audiosae", {"data": paper_tree})
+    recipe = TrainConfig.of(mixture.training, "audiosae")
+    assert (recipe.activation, recipe.k, recipe.expansion) == (("batchtopk",), (50,), (8,))
+    assert (recipe.batch, recipe.steps, recipe.buffer_batches) == (2500, 200_000, 100)
+    assert (recipe.lr, recipe.decay, recipe.centre) == (2e-4, 0.2, False)
+    assert mixture.held_out_share == 0.02
 
 
 def test_the_papers_mixture_notes_what_is_absent(paper_tree, tmp_path):
