@@ -11,6 +11,7 @@ several times (other seeds, k or expansions in separate runs) and the disk holds
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -23,13 +24,22 @@ from typing import Any
 from tqdm import tqdm
 
 from calibration.command import run
-from calibration.frame_files import CacheFolder, Unit, differences, listed, size_text, unit_bytes
+from calibration.frame_files import (
+    CacheFolder,
+    Unit,
+    differences,
+    listed,
+    size_text,
+    unit_bytes,
+    write_atomically,
+)
 from calibration.frame_source import SourceSpec, add_source_flags, build_source
-from calibration.frames import Frames, FrameSource
+from calibration.frames import Frames, FrameSource, StreamingFrames
 from whisper_steer.errors import UsageError
 
 logger = logging.getLogger("whisper_steer")
 FRAMES_PER_HOUR = 3600 * 50
+SKIPPED = "skipped.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,22 @@ def open_cache(
     return cache, waiting, estimate
 
 
+def record_skipped(folder: Path, records: Sequence[Mapping[str, str]]) -> int:
+    """Add unreadable audio to the folder's skipped.jsonl, once for every path; returns how many there are."""
+    path = folder / SKIPPED
+    listed_before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    known = {record["path"]: record for record in [*map(json.loads, listed_before), *records]}
+    if len(known) > len(listed_before):
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in known.values())
+        write_atomically(path, "".join(lines).encode())
+    return len(known)
+
+
+def skipped_by(source: FrameSource) -> list[dict[str, str]]:
+    """What a source of audio could not read so far: {"path", "dataset", "id", "reason"}."""
+    return list(source.plan.skipped.records) if isinstance(source, StreamingFrames) else []
+
+
 def write_unit(source: FrameSource, cache: CacheFolder, unit: Unit) -> bool:
     """Make one unit unless it is there; True if it was made. Any number of processes may do so at once."""
     if cache.is_complete(unit):
@@ -104,6 +130,7 @@ def write_cache(
     with cache_progress(estimate, cache.unit_frames, progress) as bar:
         for unit in waiting:
             write_unit(source, cache, unit)
+            record_skipped(cache.folder, skipped_by(source))
             bar.update(cache.unit_frames)
     return estimate
 
@@ -230,19 +257,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     spec = SourceSpec.from_args(args)
     units = [(round_index, shard) for round_index in range(args.rounds) for shard in range(args.shards)]
-    skipped = None
     if args.ray is None:
-        source = build_source(spec)
-        estimate = write_cache(source, args.out, units)
-        skipped = source.plan.skipped
+        estimate = write_cache(build_source(spec), args.out, units)
     else:
         from calibration.ray_jobs import harvest
 
-        estimate = harvest(partial(build_source, spec), args.out, units, address=args.ray)
+        gpus = 0 if spec.device == "cpu" else None
+        estimate = harvest(partial(build_source, spec), args.out, units, address=args.ray, gpus=gpus)
     print(f"{estimate.units} units, {estimate.frames} frames in {args.out}; {estimate.waiting} made now")
+    skipped = record_skipped(args.out, [])
     if skipped:
-        skipped.write(args.out / "skipped.jsonl")
-        print(f"{len(skipped)} audio files could not be read: {args.out / 'skipped.jsonl'}")
+        print(f"{skipped} audio files could not be read and were left out: {args.out / SKIPPED}")
 
 
 if __name__ == "__main__":

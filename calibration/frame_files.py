@@ -136,7 +136,7 @@ class CacheFolder:
         else:
             with _one_line(folder):
                 (folder / "units").mkdir(parents=True, exist_ok=True)
-                _write_atomically(path, json.dumps(header, indent=1).encode() + b"\n")
+                write_atomically(path, json.dumps(header, indent=1).encode() + b"\n")
         return cls(folder, header)
 
     @classmethod
@@ -201,7 +201,7 @@ class CacheFolder:
                 commit()
             status = path.stat()
             record = {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-            _write_atomically(path.with_suffix(".json"), json.dumps(record).encode() + b"\n")
+            write_atomically(path.with_suffix(".json"), json.dumps(record).encode() + b"\n")
 
     def read(self, unit: Unit, layers: Sequence[int]) -> Frames:
         """Some layers of a unit, copied out of the memory-mapped file; its checksum is compared once.
@@ -348,7 +348,8 @@ def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Any]]:
             temporary.unlink()
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """A small file, synced, as a whole or not at all. Raises OSError."""
     with _temporary(path) as (file, commit):
         file.write(data)
         commit()

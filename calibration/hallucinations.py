@@ -6,6 +6,9 @@ text words come out of `whisper.transcribe` with its default options, after Engl
 nsp and hr look at the greedy decoding of the 30 s window(s); a clip counts if one of its windows does.
 
     python -m calibration.hallucinations --model mini.en --split calibration --out out/labels.jsonl
+
+With --ray, the clips are decoded by several processes or machines (see `calibration.ray_jobs`); the file is
+the same.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +80,55 @@ def label(model: Whisper, audio: np.ndarray) -> Labels:
     return labels_of(transcribe_clips(model, [audio])[0])
 
 
+@dataclass(frozen=True)
+class LabelledClip:
+    """A line of a label file: the transcript of the clip `id` whose audio has the CRC-32 `crc`.
+
+    new: it was computed, not found among the known ones.
+    """
+
+    id: str
+    crc: int
+    transcript: ClipTranscript
+    new: bool = True
+
+    def line(self) -> str:
+        return json.dumps({"id": self.id, "crc": self.crc, "transcript": asdict(self.transcript)}) + "\n"
+
+
+def iterate_labelled(
+    model: Whisper,
+    clips: Iterable[Clip],
+    known: Mapping[tuple[str, int], ClipTranscript],
+    *,
+    batch: int = 8,
+) -> Iterator[list[LabelledClip]]:
+    """The clips in groups, as they are finished: those in `known` (by id and CRC) at once, the others
+    `batch` at a time.
+    """
+    waiting: list[tuple[Clip, np.ndarray, int]] = []
+
+    def decoded() -> list[LabelledClip]:
+        transcripts = transcribe_clips(model, [audio for _, audio, _ in waiting], batch=batch)
+        return [
+            LabelledClip(clip.id, crc, transcript)
+            for (clip, _, crc), transcript in zip(waiting, transcripts, strict=True)
+        ]
+
+    for clip in clips:
+        audio = np.ascontiguousarray(clip.load(), dtype=np.float32)
+        crc = zlib.crc32(audio.tobytes())
+        if (clip.id, crc) in known:
+            yield [LabelledClip(clip.id, crc, known[clip.id, crc], new=False)]
+            continue
+        waiting.append((clip, audio, crc))
+        if len(waiting) == batch:
+            yield decoded()
+            waiting.clear()
+    if waiting:
+        yield decoded()
+
+
 def label_clips(
     model: Whisper,
     clips: Sequence[Clip],
@@ -92,31 +145,15 @@ def label_clips(
     Raises:
         UsageError: the cache was made with another model.
     """
-    known = _open_cache(cache, model) if cache is not None else {}
+    known = open_label_file(cache, model_crc(model)) if cache is not None else {}
     labels: dict[str, Labels] = {}
-    waiting: list[tuple[Clip, np.ndarray, int]] = []
-
-    def flush() -> None:
-        transcripts = transcribe_clips(model, [audio for _, audio, _ in waiting], batch=batch)
-        lines = []
-        for (clip, _, crc), transcript in zip(waiting, transcripts, strict=True):
-            labels[clip.id] = labels_of(transcript)
-            lines.append(json.dumps({"id": clip.id, "crc": crc, "transcript": asdict(transcript)}))
+    counted = tqdm(clips, desc="labels", unit="clip", disable=not progress)
+    for group in iterate_labelled(model, counted, known, batch=batch):
+        lines = "".join(done.line() for done in group if done.new)
         if cache is not None and lines:
             with cache.open("a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in lines))
-        waiting.clear()
-
-    for clip in tqdm(clips, desc="labels", unit="clip", disable=not progress):
-        audio = np.ascontiguousarray(clip.load(), dtype=np.float32)
-        crc = zlib.crc32(audio.tobytes())
-        if (clip.id, crc) in known:
-            labels[clip.id] = labels_of(known[clip.id, crc])
-            continue
-        waiting.append((clip, audio, crc))
-        if len(waiting) == batch:
-            flush()
-    flush()
+                file.write(lines)
+        labels |= {done.id: labels_of(done.transcript) for done in group}
     return labels
 
 
@@ -129,20 +166,29 @@ def model_crc(model: Whisper) -> int:
     return crc
 
 
-def _open_cache(path: Path, model: Whisper) -> dict[tuple[str, int], ClipTranscript]:
-    header = {"kind": "hallucination-labels", "format_version": FORMAT_VERSION, "model_crc": model_crc(model)}
+def label_header(crc: int) -> str:
+    """First line of a label file of the model whose `model_crc` is `crc`."""
+    header = {"kind": "hallucination-labels", "format_version": FORMAT_VERSION, "model_crc": crc}
+    return json.dumps(header) + "\n"
+
+
+def open_label_file(path: Path, crc: int) -> dict[tuple[str, int], ClipTranscript]:
+    """Transcripts by clip id and audio CRC. A missing file is begun, half a line at its end is cut off.
+
+    Raises FormatError: not a label file. UsageError: made with another model than the one of `crc`.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        path.write_text(label_header(crc), encoding="utf-8")
         return {}
     found, lines, intact = _read_lines(path)
-    if found.get("model_crc") != header["model_crc"]:
+    if found.get("model_crc") != crc:
         raise UsageError(f"{path} holds labels of another model: delete it or give another --out")
     if intact < path.stat().st_size:
         # an interrupted run left half a line: cut it off, or the next line would be glued to it
         logger.warning("%s ends in an unfinished line; dropped", path)
         os.truncate(path, intact)
-    return {(line["id"], line["crc"]): _transcript(line["transcript"]) for line in lines}
+    return {(line["id"], line["crc"]): transcript_of(line["transcript"]) for line in lines}
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
@@ -163,7 +209,8 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     return header, lines, intact
 
 
-def _transcript(data: Mapping[str, Any]) -> ClipTranscript:
+def transcript_of(data: Mapping[str, Any]) -> ClipTranscript:
+    """The transcript behind a line's "transcript"."""
     return ClipTranscript(
         text=data["text"],
         windows=tuple(DecodedWindow(**window) for window in data["windows"]),
@@ -224,15 +271,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="clips decoded together")
     parser.add_argument("--quick", action="store_true", help="the corpus's small selection")
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="decode on Ray: on this machine, or on the cluster at ADDRESS",
+    )  # fmt: skip
     args = parser.parse_args(argv)
 
     from calibration.corpus import eval_sets
     from whisper_steer.zoo import load_model
 
-    model = load_model(args.model)
     sets = eval_sets(args.split, data_dir=args.data_dir, quick=args.quick)
     clips = [clip for chosen in sets.values() for clip in chosen]
-    labels = label_clips(model, clips, cache=args.out, batch=args.batch)
+    if args.ray is None:
+        labels = label_clips(load_model(args.model), clips, cache=args.out, batch=args.batch)
+    else:
+        from calibration import ray_jobs
+
+        data_dir = None if args.data_dir is None else args.data_dir.resolve()
+        labels = ray_jobs.label(
+            partial(load_model, args.model),
+            partial(ray_jobs.eval_clips, args.split, data_dir, args.quick),
+            args.out,
+            address=args.ray,
+            batch=args.batch,
+        )
     print_table(summary(sets, labels))
     print(f"labels of {len(clips)} clips in {args.out}")
 
