@@ -16,7 +16,7 @@ DATA_FLAG := $(if $(DATA),--data $(DATA))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint weights bench clean
+.PHONY: help demo test test-slow lint weights bench bench-env clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 
 bench: $(VENV)/.installed-dev  ## the trade-off table and plot (BENCH_FLAGS= for the full run)
 	@$(RUN) benchmarks.tradeoff $(BENCH_FLAGS) $(DATA_FLAG) --out $(OUT)/tradeoff
+
+bench-env: $(VENV)/.installed-dev  ## environments of the libraries that benchmarks.training compares with (out/peers)
+	@$(RUN) benchmarks.training --make-envs $(if $(TORCH),--torch "$(TORCH)")
 
 weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (resumable; hours on two cores)
 	@$(RUN) calibration.synthesis --out $(OUT)/corpus --utterances 40000 --non-speech 3000 --seed 1
