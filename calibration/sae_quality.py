@@ -17,37 +17,16 @@ What a reconstruction costs recognition is in `calibration.splicing`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from calibration.activations import AudioClip, iterate_windows
-from calibration.evaluate import SpeechMetrics
-from calibration.splicing import recognition, spliced
 from whisper_steer.sae import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from whisper.model import Whisper
-
-__all__ = [
-    "DUPLICATE_IOU",
-    "DomainQuality",
-    "active_latents",
-    "calibrate_threshold",
-    "collect_frames",
-    "domain_quality",
-    "duplicates",
-    "input_scale",
-    "measure_sae",
-    "quality_record",
-    "recognition",
-    "spliced",
-]
 
 DUPLICATE_IOU = 0.5  # AudioSAE's chi: above it two latents are twins
 _CODES = 2**25  # dense codes held at once: 128 MiB as float32
@@ -71,25 +50,6 @@ class DomainQuality:
     fvu: float
     alive: float
     l2: float
-
-
-def collect_frames(
-    model: Whisper, clips: Iterable[AudioClip], max_frames: int, *, per_clip: int = 400, batch: int = 8
-) -> Tensor:
-    """Activations (layers, frames, d_model) of the clips' first windows, padding left out, at most
-    `max_frames`, and at most `per_clip` of each clip, evenly spread: long clips must not drown the others.
-    """
-    kept: list[Tensor] = []
-    total = 0
-    for activations, n_true in iterate_windows(model, (clip.load() for clip in clips), batch=batch):
-        n = min(n_true, per_clip, max_frames - total)
-        kept.append(activations[:, torch.linspace(0, max(n_true - 1, 0), n).long()])
-        total += n
-        if total >= max_frames:
-            break
-    if not kept:
-        return torch.empty(model.dims.n_audio_layer, 0, model.dims.n_audio_state)
-    return torch.cat(kept, dim=1)
 
 
 def _chunks(sae: SparseAutoencoder, x: Tensor) -> Iterator[Tensor]:
@@ -236,39 +196,3 @@ def measure_sae(
         "duplicate_frames": int(joined.shape[0]),
         "domains": rows,
     }
-
-
-@torch.no_grad()
-def active_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-    """(n_latents,) bool: active in at least one frame of x (frames, d_model)."""
-    active = torch.zeros(sae.n_latents, dtype=torch.bool)
-    for chunk in _chunks(sae, x):
-        active |= (sae.encode(chunk) > 0).any(dim=0).cpu()
-    return active
-
-
-def quality_record(
-    sae: SparseAutoencoder,
-    speech: Tensor,
-    nonspeech: Tensor,
-    plain: SpeechMetrics | None,
-    with_reconstruction: SpeechMetrics | None,
-) -> dict[str, Any]:
-    """One layer's entry of the report; frames (frames, d_model) of either domain, metrics None where not
-    measured.
-    """
-    either = active_latents(sae, speech) | active_latents(sae, nonspeech)
-    record: dict[str, Any] = {
-        "layer": sae.layer,
-        "activation": sae.activation,
-        "n_latents": sae.n_latents,
-        "k": sae.k,
-        "theta": float(sae.theta.mean()),
-        "speech": asdict(domain_quality(sae, speech)),
-        "nonspeech": asdict(domain_quality(sae, nonspeech)),
-        "alive": float(either.float().mean()),
-    }
-    for name, metrics in (("wer_plain", plain), ("wer_spliced", with_reconstruction)):
-        if metrics is not None:
-            record[name] = {"clips": metrics.clips, **asdict(metrics.wer)}
-    return record

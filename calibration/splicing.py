@@ -23,7 +23,7 @@ from whisper.tokenizer import get_tokenizer
 
 from calibration.activations import cut_window, padded_log_mel
 from calibration.decoding import transcribe_clips
-from calibration.evaluate import SpeechMetrics, bootstrap_share, normalise, speech_metrics
+from calibration.evaluate import bootstrap_share, normalise, speech_metrics
 from whisper_steer.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -47,14 +47,6 @@ def spliced(model: Whisper, sae: SparseAutoencoder) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def recognition(
-    model: Whisper, audios: Sequence[np.ndarray], texts: Sequence[str], *, language: str = "en"
-) -> SpeechMetrics:
-    """WER of `whisper.transcribe` as the model stands (with whatever is spliced in)."""
-    heard = transcribe_clips(model, audios, language=language)
-    return speech_metrics(texts, [transcript.text for transcript in heard])
 
 
 @dataclass(frozen=True)
