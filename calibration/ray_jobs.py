@@ -355,10 +355,10 @@ def _connected(address: str) -> Iterator[Any]:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises anything here, a bare Exception too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"cannot connect to Ray at {address!r} ({reason}): expected the address of a running cluster, "
+            f"cannot start or reach Ray at {address!r} ({reason}): expected the address of a running cluster, "
             "such as 10.0.0.1:6379, or --ray alone for this machine"
         ) from error
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibration_tools import FakeClip, clips, make_terse_whisper
 from frame_sources import UNITS, FakeFrames, content
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,9 @@ from safetensors.torch import load_file
 import calibration.frame_files as frame_files
 from calibration.frame_cache import CachedFrames, main, open_cache, write_cache
 from calibration.frame_files import CacheFolder, differences, size_text, unit_bytes
-from calibration.frame_source import SourceSpec
-from whisper_steer.errors import FormatError, UsageError
+from calibration.frame_source import SourceSpec, build_source
+from calibration.mixture import Mixture
+from whisper_steer.errors import AudioError, FormatError, UsageError
 from whisper_steer.fileformat import load_metadata
 
 Usage = namedtuple("Usage", "total used free")
@@ -321,3 +323,50 @@ def test_wrong_flags_are_one_line(tmp_path, flags, message):
 def test_a_wrong_dtype_is_one_line():
     with pytest.raises(UsageError, match="dtype is 'int8': expected one of float16, bfloat16, float32"):
         SourceSpec(dtype="int8", corpus=Path("x"))
+
+
+# -- with a model and audio
+
+
+@pytest.fixture
+def tiny_source_flags(monkeypatch):
+    """Flags of a tiny Whisper, of which only the audio is not what they say: clips made on the spot, one of
+    them unreadable."""
+    from calibration import adapters, frame_source
+
+    chosen = [clip for group in clips(3, 3).values() for clip in group]
+    broken = BrokenClip("broken", "nonspeech", 1.0)
+    monkeypatch.setattr(frame_source, "build_mixture", lambda spec: Mixture.of([*chosen, broken]))
+    model = make_terse_whisper(1)
+    monkeypatch.setattr(adapters, "load_encoder", lambda *_: adapters.WhisperEncoder(model))
+    return ["--unit-frames", "700", "--packed", "0.5", "--batch", "2", "--layers", "1,0", "--seed", "3"]
+
+
+class BrokenClip(FakeClip):
+    def load(self):
+        raise AudioError("broken.wav holds no audio")
+
+
+def test_the_command_caches_what_streaming_gives(tmp_path, tiny_source_flags, capsys):
+    flags = [*tiny_source_flags, "--rounds", "2", "--shards", "2", "--out", str(tmp_path)]
+    main(flags)
+    spec = SourceSpec(unit_frames=700, packed=0.5, batch=2, layers=(1, 0), seed=3)
+    streaming = build_source(spec)
+    cached = CachedFrames(tmp_path, expected=streaming.identity())
+    assert cached.layers == (1, 0) and cached.rounds == 2
+    for unit in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        assert same(cached.load(*unit), streaming.load(*unit))
+    assert not same(cached.load(0, 0), cached.load(0, 1)) and not same(cached.load(0, 0), cached.load(1, 0))
+    printed = capsys.readouterr().out
+    assert "4 units, 2800 frames in" in printed and "1 audio files could not be read" in printed
+    (skipped,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["reason"] == "broken.wav holds no audio"
+    main(flags)
+    assert "; 0 made now" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="plan.seed is 3, wanted 4"):
+        CachedFrames(tmp_path, expected=build_source(replace(spec, seed=4)).identity())
+
+
+def test_a_layer_that_the_model_does_not_have(tiny_source_flags):
+    with pytest.raises(UsageError, match=r"layer 2 does not exist: .* has 0 to 1 \(0-based\)"):
+        build_source(SourceSpec(layers=(0, 2)))

@@ -21,24 +21,28 @@ ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytestmark = [
     # Ray Data sets its own deprecated options
     pytest.mark.filterwarnings(r"ignore:`\w+` is deprecated:DeprecationWarning:ray\.data"),
+    pytest.mark.filterwarnings(r"ignore:subprocess \d+ is still running:ResourceWarning"),
 ]
 
 
 @pytest.fixture(scope="module")
 def two_workers():
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        path for path in sys.path if path
-    )  # the workers import this file
-    try:
-        ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
-            logging_level="warning",
-        )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        # the workers import this file
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        for attempt in range(3):  # Ray gives itself 30 s to start, which a busy machine may exceed
+            try:
+                ray.init(
+                    num_cpus=2, include_dashboard=False, log_to_driver=False,
+                    object_store_memory=100 * 2**20, logging_level="warning",
+                )  # fmt: skip
+                break
+            except Exception as error:
+                ray.shutdown()
+                if "timed out" not in str(error) or attempt == 2:
+                    raise
         yield
-    finally:
         ray.shutdown()
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 def loads(log: Path) -> list[tuple[int, int]]:
