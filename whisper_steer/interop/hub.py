@@ -20,7 +20,7 @@ logger = logging.getLogger("whisper_steer")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _WEIGHTS = (dictionary_learning.WEIGHTS, saelens.WEIGHTS, sparsify.WEIGHTS)
-_WANTED = (*_WEIGHTS, dictionary_learning.CONFIG, saelens.CONFIG, "activation_scaler.json")
+_WANTED = (*_WEIGHTS, dictionary_learning.CONFIG, saelens.CONFIG, saelens.SCALER, saelens.WHITENING)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -35,8 +35,8 @@ LIBRARY = "saelens"
 WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
 
-_SCALER = "activation_scaler.json"
-_WHITENING = "activation_whitening.safetensors"
+SCALER = "activation_scaler.json"
+WHITENING = "activation_whitening.safetensors"
 _LAYOUT_VERSION = "6.0.0"  # first release with this cfg.json
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 _EXPORTED = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
@@ -193,22 +193,22 @@ def _folded(parts: Parts, config: dict[str, Any], folder: Path) -> Parts:
         return parts
     eye = torch.eye(parts.W_enc.shape[1], dtype=torch.float64)
     if mode == "expected_average_only_in":
-        factor = read_json(folder / _SCALER).get("scaling_factor") if (folder / _SCALER).is_file() else None
+        factor = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
         if not isinstance(factor, (int, float)) or not factor > 0:
             raise FormatError(
-                f"{folder / CONFIG}: normalize_activations is {mode!r}, but no factor is in {_SCALER}: fold "
+                f"{folder / CONFIG}: normalize_activations is {mode!r}, but no factor is in {SCALER}: fold "
                 "it in SAELens with fold_activation_norm_scaling_factor and save again"
             )
         return parts.of_inputs(torch.zeros(len(eye)), eye * factor, eye / factor)
-    if mode == "covariance_whitening" and (folder / _WHITENING).is_file():
-        tensors, _ = read_safetensors(folder / _WHITENING)
-        mean, matrix, inverse = required(tensors, ("mean", "matrix", "inverse_matrix"), folder / _WHITENING)
+    if mode == "covariance_whitening" and (folder / WHITENING).is_file():
+        tensors, _ = read_safetensors(folder / WHITENING)
+        mean, matrix, inverse = required(tensors, ("mean", "matrix", "inverse_matrix"), folder / WHITENING)
         if mean.shape != eye.shape[:1] or not matrix.shape == inverse.shape == eye.shape:
             raise FormatError(
-                f"{folder / _WHITENING} is of another width: expected {len(eye)} numbers per frame"
+                f"{folder / WHITENING} is of another width: expected {len(eye)} numbers per frame"
             )
         return parts.of_inputs(mean, matrix, inverse)
     raise FormatError(
         f"{folder / CONFIG}: normalize_activations {mode!r} cannot be folded into the weights; expected "
-        f"none, expected_average_only_in with {_SCALER}, or covariance_whitening with {_WHITENING}"
+        f"none, expected_average_only_in with {SCALER}, or covariance_whitening with {WHITENING}"
     )
