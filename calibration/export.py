@@ -1,6 +1,6 @@
 """Trained SAEs -> calibrated, measured files: thresholds and measures from audio that was never trained on.
 
-Every other held-out clip sets the thresholds, the others measure. Weights are rounded to the file's dtype
+Half of the held-out clips set the thresholds, the others measure. Weights are rounded to the file's dtype
 before either, so the figures are those of the file.
 
 Written: <out>/<name>/layer_XX.safetensors, and <out>/report.json. An SAE whose file is already there with the
@@ -260,7 +260,7 @@ def _listener(encoder: AudioEncoder, clips: HeldOut) -> Listener | None:
     model, count = getattr(encoder, "model", None), clips.settings.wer_clips
     if not isinstance(model, Whisper) or count == 0:
         return None
-    second = {name: list(chosen)[1::2] for name, chosen in clips.domains.items()}
+    second = {name: clips.all_of(name, 1) for name in clips.domains}
     texts = [clip for clip in second.get(SPEECH, []) if getattr(clip, "text", None)]
     silent = [clip for name, chosen in second.items() if name != SPEECH for clip in evenly(chosen, count)]
     speech = [

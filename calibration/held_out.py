@@ -1,4 +1,4 @@
-"""Held-out audio, halved: every other clip sets the thresholds of SAEs, the others measure them.
+"""Held-out audio, halved: one half of the clips sets the thresholds of SAEs, the other measures them.
 
 Frames of many layers come from one forward pass; where they do not fit into the memory given, layers go in
 groups, with one pass each.
@@ -82,9 +82,17 @@ class HeldOut:
     settings: HeldOutSettings
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def all_of(self, domain: str, part: int) -> list[Any]:
+        """part 0 sets thresholds, part 1 measures.
+
+        Halved by the Thue-Morse sequence, not by taking turns: where every clip is followed by its noisy or
+        quiet variants, both halves get some of each.
+        """
+        return [clip for i, clip in enumerate(self.domains[domain]) if i.bit_count() % 2 == part]
+
     def half(self, domain: str, part: int) -> list[Any]:
-        """part 0 sets thresholds, part 1 measures."""
-        return evenly(list(self.domains[domain])[part::2], self.settings.max_clips)
+        """At most `max_clips` of `all_of`, evenly spread."""
+        return evenly(self.all_of(domain, part), self.settings.max_clips)
 
     def load(self, clip: Any) -> np.ndarray | None:
         """float32 (n,) at 16 kHz; None, noted in `skipped`, if it cannot be read or is empty."""

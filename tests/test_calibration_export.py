@@ -98,7 +98,9 @@ def test_measured_with_the_files_weights_on_the_other_half(tmp_path):
     encoder, sets = Silent(), domains()
     (row,) = export_saes(encoder, [FakeTrained(1)], sets, tmp_path, **QUICK)["saes"]
     sae = SparseAutoencoder.load(tmp_path / "layer_01.safetensors")
-    frames = [encoder.encode([clip.load()], [1])[0][0] for clip in sets["music"][1::2]]
+    frames = [
+        encoder.encode([clip.load()], [1])[0][0] for clip in HeldOut(sets, HeldOutSettings()).half("music", 1)
+    ]
     again = domain_quality(sae, torch.cat(frames), scale=row["input_scale"])
     for name in ("frames", "l0", "fvu", "alive", "l2"):
         assert getattr(again, name) == pytest.approx(row["domains"]["music"][name]), name
@@ -153,6 +155,16 @@ def test_frames_are_spread_over_clips_and_layers_grouped_by_memory():
     per_layer = 4 * 198 * 32
     assert list(layer_groups([0, 1, 2], 32, held, 2 * per_layer, progress=False)) == [[0, 1], [2]]
     assert list(layer_groups([0, 1], 32, held, 1, progress=False)) == [[0], [1]]
+
+
+def test_halves_are_disjoint_and_both_hear_every_variant():
+    variants = ["clean", "noisy", "quiet", "whispered"]
+    held = HeldOut({"speech": [FakeClip(f"{i}#{v}", "speech", 1.0) for i in range(8) for v in variants]},
+                   HeldOutSettings())  # fmt: skip
+    halves = [[clip.id for clip in held.half("speech", part)] for part in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(clip.id for clip in held.domains["speech"])
+    for half in halves:
+        assert [sum(name.endswith(variant) for name in half) for variant in variants] == [4] * 4
 
 
 def test_little_memory_changes_nothing_but_the_passes(tmp_path, capsys):
