@@ -6,10 +6,10 @@
 
 Every library trains one SAE on the same activations in the same order, with the same batch, steps, dtype
 and threads, through its own trainer (see `benchmarks.peers`), in its own environment and process. Its
-variants (activation, optimiser, sparse or dense) stand apart. Peak learning rates are the best of
-LEARNING_RATES for each variant, found by --tune on frames that are neither trained on nor reported; after
-1/20 of the steps for warm-up comes a fall to 0 over the last fifth, or the library's own schedule where
-it has no such one.
+variants (activation, optimiser, sparse or dense) stand apart. The peak learning rate is DEFAULT_LR unless
+a variant has one of its own in CONTESTANTS; --tune prints the FVU of each of LEARNING_RATES on frames that
+are neither trained on nor reported. After 1/20 of the steps for warm-up comes a fall to 0 over the last
+fifth, or the library's own schedule where it has no such one.
 
 Timed are optimiser steps alone, after some untimed ones. Repeats are interleaved, because other work on a
 machine comes and goes: one repeat of every variant, then the next. The first repeat runs all steps and its
@@ -44,8 +44,9 @@ COLUMNS = (
     "sae_tokens_per_s", "sae_tokens_per_s_min", "sae_tokens_per_s_max", "repeats", "fvu", "l0", "alive",
     "peak_mb", "device", "dtype", "threads", "error",
 )  # fmt: skip
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-DEFAULT_LR = 2e-3
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+# best of the tried ones for whisper_steer and for sparsify with Adam on "real" at 100 steps
+DEFAULT_LR = 8e-3
 
 Row = dict[str, Any]
 
@@ -94,7 +95,7 @@ CONTESTANTS = (
     Contestant(OURS, "batchtopk", "batchtopk"),
     Contestant(OURS, "batchtopk-float32", "batchtopk"),
     Contestant(OURS, "topk", "topk"),
-    Contestant("sparsify", "signum", "topk"),
+    Contestant("sparsify", "signum", "topk", {"real": 2e-3, "wide": 2e-3}),
     Contestant("sparsify", "adam", "topk"),
     Contestant("sae_lens", "topk-sparse", "topk"),
     Contestant("sae_lens", "topk", "topk"),
