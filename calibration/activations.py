@@ -148,27 +148,3 @@ def encode_clip(model: Whisper, audio: np.ndarray, layers: Sequence[int] | None 
     n_true = tuple(true_frames(len(audio) - i * N_SAMPLES) for i in range(len(mels)))
     windows = torch.cat([encode_windows(model, mel[None], layers) for mel in mels], dim=1)
     return ClipActivations(windows, n_true)
-
-
-def iterate_windows(
-    model: Whisper, audios: Iterator[np.ndarray], *, batch: int = 8, layers: Sequence[int] | None = None
-) -> Iterator[tuple[Tensor, int]]:
-    """(activations (layers, 1500, d_model), true frames) of every audio's first window, in batches."""
-    mels: list[Tensor] = []
-    lengths: list[int] = []
-
-    def flush() -> Iterator[tuple[Tensor, int]]:
-        encoded = encode_windows(model, torch.stack(mels), layers)
-        for i, length in enumerate(lengths):
-            yield encoded[:, i], length
-        mels.clear()
-        lengths.clear()
-
-    for audio in audios:
-        mel, content = padded_log_mel(audio, model.dims.n_mels)
-        mels.append(cut_window(mel, content, 0))
-        lengths.append(true_frames(len(audio)))
-        if len(mels) == batch:
-            yield from flush()
-    if mels:
-        yield from flush()

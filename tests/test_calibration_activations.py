@@ -7,7 +7,6 @@ from calibration.activations import (
     encode_clip,
     encode_windows,
     finish_encoder,
-    iterate_windows,
     true_frames,
     window_mels,
 )
@@ -74,11 +73,3 @@ def test_encode_clip_masks_padding_by_true_length(model):
     assert clip.windows.shape == (2, 2, 1500, 32)
     assert clip.frames.shape == (2, 1550, 32)
     assert torch.equal(clip.frames[:, 1500:], clip.windows[:, 1, :50])
-
-
-def test_iterate_windows_batches_without_changing_anything(model):
-    audios = [sound(name, seconds, speech=True) for name, seconds in (("a", 1.0), ("b", 2.5), ("c", 40.0))]
-    found = list(iterate_windows(model, iter(audios), batch=2))
-    assert [n for _, n in found] == [50, 125, 1500]
-    for audio, (activations, _) in zip(audios, found, strict=True):
-        torch.testing.assert_close(activations, encode_windows(model, window_mels(audio, 80)[:1])[:, 0])
