@@ -21,7 +21,10 @@ from calibration.collectives import ALONE, Collective
 
 # share of the last step's smallest kept value above which a pre-activation is looked at when the largest
 # k x B are sought; only speed depends on it: with fewer candidates than wanted, all are looked at
-CANDIDATE_MARGIN = 0.85
+CANDIDATE_MARGIN = 0.9
+# the same for a frame's k largest, relative to the frame's norm; bfloat16's error is some 0.1 %
+FRAME_MARGIN = 0.97
+SAMPLE = 128  # frames that a first hint is taken from
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +115,7 @@ class LargestOfBatch:
     The last step's smallest kept value is a hint where to look in the next: what lies well below it is never
     compared. With `screen`, the full product runs in bfloat16 and only finds the candidates; their values
     are then computed in float32 and the choice is made among those. A latent would be lost only where
-    bfloat16's error exceeds the margin between candidate and choice (15 % of the threshold; the error is
+    bfloat16's error exceeds the margin between candidate and choice (10 % of the threshold; the error is
     some 0.1 %), so codes are those of the float32 product.
     """
 
@@ -166,8 +169,9 @@ class LargestOfBatch:
 class LargestOfFrame:
     """Chooses the k largest positive pre-activations of every frame: TopK's codes.
 
-    As with `LargestOfBatch` a hint from the last step leaves few candidates, found in bfloat16 with `screen`;
-    a frame with fewer than k values above the hint is looked at as a whole.
+    As with `LargestOfBatch` a hint from the last step leaves few candidates, found in bfloat16 with `screen`.
+    The hint is a threshold relative to the frame's norm; a frame with fewer than k values above it is looked
+    at as a whole.
     """
 
     def __init__(self, k: int, *, screen: bool = False):
@@ -176,24 +180,35 @@ class LargestOfFrame:
 
     def __call__(self, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCodes:
         """Codes of z (B, d) under W_enc (n, d), b_enc (n,)."""
+        norms = z.norm(dim=1)
         if not (self.screen and self.smallest > 0):
-            return self.of(linear(z, W_enc, b_enc))
-        candidates = screened(z, W_enc, b_enc, self.smallest * CANDIDATE_MARGIN)
-        return self._best(candidates, self.smallest, lambda frames: linear(z[frames], W_enc, b_enc))
+            return self.of(linear(z, W_enc, b_enc), norms)
+        sure_above = self.smallest * norms
+        candidates = screened(z, W_enc, b_enc, sure_above * FRAME_MARGIN)
+        return self._best(candidates, sure_above, norms, lambda frames: linear(z[frames], W_enc, b_enc))
 
-    def of(self, pre: Tensor) -> SparseCodes:
-        """The same from pre-activations (B, n) that are there already."""
-        everything = pre.numpy().reshape(-1)
-        hint = self.smallest or _smallest_of_sample(pre, self.k) * CANDIDATE_MARGIN
-        found = np.flatnonzero(everything > hint)
+    def of(self, pre: Tensor, norms: Tensor | None = None) -> SparseCodes:
+        """The same from pre-activations (B, n) that are there already; norms (B,) of the frames."""
+        norms = torch.ones(len(pre)) if norms is None else norms
+        hint = self.smallest or _smallest_of_sample(pre, self.k) / max(float(norms[:SAMPLE].mean()), 1e-8) / 2
+        sure_above = hint * norms
+        everything = pre.numpy()
+        found = np.flatnonzero((everything > sure_above.numpy()[:, None]).reshape(-1))
         shape = (pre.shape[0], pre.shape[1])
-        candidates = SparseCodes.at(torch.from_numpy(found), torch.from_numpy(everything[found]), shape)
-        return self._best(candidates, hint, lambda frames: pre[frames])
+        values = torch.from_numpy(everything.reshape(-1)[found])
+        candidates = SparseCodes.at(torch.from_numpy(found), values, shape)
+        return self._best(candidates, sure_above, norms, lambda frames: pre[frames])
 
     def _best(
-        self, candidates: SparseCodes, sure_above: float, pre_of: Callable[[Tensor], Tensor]
+        self,
+        candidates: SparseCodes,
+        sure_above: Tensor,
+        norms: Tensor,
+        pre_of: Callable[[Tensor], Tensor],
     ) -> SparseCodes:
-        """sure_above: every value above it is a candidate. pre_of: pre-activations of some frames."""
+        """sure_above (B,): every value of a frame above it is a candidate. pre_of: pre-activations of some
+        frames.
+        """
         frames, latents = candidates.shape
         k = min(self.k, latents)
         counts = candidates.frames_active()
@@ -207,28 +222,32 @@ class LargestOfFrame:
         columns[rows, places] = candidates.columns
         best, order = values.topk(k, dim=1, sorted=False)
         chosen = columns.gather(1, order)
-        short = (best.min(dim=1).values <= sure_above).nonzero().squeeze(1)
-        if len(short) and sure_above > 0:
+        short = ((best.min(dim=1).values <= sure_above) & (sure_above > 0)).nonzero().squeeze(1)
+        if len(short):
             best[short], chosen[short] = pre_of(short).topk(k, dim=1, sorted=False)
         if frames:  # low enough that a few frames in a hundred, not most, are looked at as a whole next time
-            self.smallest = float(best.min(dim=1).values.quantile(0.02).clamp_min(0))
+            relative = best.min(dim=1).values / norms.clamp_min(1e-8)
+            self.smallest = float(relative.quantile(0.03).clamp_min(0))
         keep = best > 0
         flat, order = (chosen + torch.arange(frames)[:, None] * latents)[keep].sort()
         return SparseCodes.at(flat, best[keep][order], (frames, latents))
 
 
-def screened(z: Tensor, W_enc: Tensor, b_enc: Tensor, floor: float) -> SparseCodes:
-    """Where W_enc z + b_enc is above `floor` (> 0) in bfloat16, with the values in float32."""
+def screened(z: Tensor, W_enc: Tensor, b_enc: Tensor, floor: float | Tensor) -> SparseCodes:
+    """Where W_enc z + b_enc is above `floor` (> 0, or one for each frame) in bfloat16, with the values in
+    float32.
+    """
     rough = linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
     # positive bfloat16 numbers are ordered like their bits, and negative ones have the sign bit
-    least = int(torch.tensor(floor).bfloat16().view(torch.int16))
-    flat = torch.from_numpy(np.flatnonzero(rough.view(torch.int16).numpy().reshape(-1) > least))
+    least = torch.as_tensor(floor).bfloat16().view(torch.int16).numpy()
+    above = rough.view(torch.int16).numpy() > (least[:, None] if least.ndim else least)
+    flat = torch.from_numpy(np.flatnonzero(above.reshape(-1)))
     codes = SparseCodes.at(flat, torch.ones(len(flat)), (len(z), len(W_enc)))
     values = codes.products(z, W_enc) + b_enc[codes.columns]
     return SparseCodes(codes.offsets, codes.columns, values, codes.shape)
 
 
-def _smallest_of_sample(pre: Tensor, k: int, frames: int = 128) -> float:
+def _smallest_of_sample(pre: Tensor, k: int, frames: int = SAMPLE) -> float:
     """The smallest of the k x B largest values of the first frames: where to look without a hint."""
     sample = pre[:frames].numpy().reshape(-1)
     wanted = min(k * min(frames, len(pre)), sample.size)
