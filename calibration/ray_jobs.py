@@ -358,7 +358,7 @@ def _connected(address: str) -> Iterator[Any]:
     except Exception as error:  # Ray raises anything here, a bare Exception too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"cannot start or reach Ray at {address!r} ({reason}): expected the address of a running cluster, "
+            f"cannot start or reach Ray at {address!r} ({reason}): give the address of a running cluster, "
             "such as 10.0.0.1:6379, or --ray alone for this machine"
         ) from error
     try:

@@ -339,7 +339,18 @@ def tiny_source_flags(monkeypatch):
     monkeypatch.setattr(frame_source, "build_mixture", lambda spec: Mixture.of([*chosen, broken]))
     model = make_terse_whisper(1)
     monkeypatch.setattr(adapters, "load_encoder", lambda *_: adapters.WhisperEncoder(model))
-    return ["--unit-frames", "700", "--packed", "0.5", "--batch", "2", "--layers", "1,0", "--seed", "3"]
+    return [
+        "--unit-frames",
+        "700",
+        "--packed",
+        "0.5",
+        "--windows",
+        "2",
+        "--layers",
+        "1,0",
+        "--data-seed",
+        "3",
+    ]
 
 
 class BrokenClip(FakeClip):
