@@ -169,7 +169,7 @@ class Registry:
         def after_block(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             current = self._current()
             # a block that is called by itself, outside of the encoder, is left alone
-            return None if current is None else _steered(current.steps, layer, output)
+            return None if current is None else steered(current.steps, layer, output)
 
         return after_block
 
@@ -219,7 +219,7 @@ class Registry:
             batch = mel.unsqueeze(0) if mel.ndim == 2 else mel
             with torch.no_grad(), self._passing(steps):
                 features = model.encoder(batch.half() if options.fp16 else batch)
-            results = self._decode_gated(features, _verdicts(steps), options, again=self._again(mel))
+            results = self._decode_gated(features, verdicts_of(steps), options, again=self._again(mel))
             return results[0] if mel.ndim == 2 else results
 
     def _decode_gated(
@@ -263,7 +263,7 @@ class Registry:
         return previous is not None and previous() is mel
 
 
-def _steered(steps: tuple[Step, ...], layer: int, output: Tensor) -> Tensor | None:
+def steered(steps: tuple[Step, ...], layer: int, output: Tensor) -> Tensor | None:
     """The block's output after all steps; None (leave it) if nothing changed. Gates read it before any
     edit."""
     for step in steps:
@@ -277,7 +277,7 @@ def _steered(steps: tuple[Step, ...], layer: int, output: Tensor) -> Tensor | No
     return None if x is output else x
 
 
-def _verdicts(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
+def verdicts_of(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
     """Per window: the first step that withholds it with the probability that nobody speaks, or None."""
     verdicts: list[tuple[Step, float] | None] = []
     judges = [(step, step.steering.gate, step.window_logit) for step in steps]
@@ -289,14 +289,14 @@ def _verdicts(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
     for i in range(len(columns[0][2]) if columns else 0):
         verdicts.append(
             next(
-                ((step, _probability(logits[i])) for step, limit, logits in columns if logits[i] > limit),
+                ((step, probability(logits[i])) for step, limit, logits in columns if logits[i] > limit),
                 None,
             )
         )
     return verdicts
 
 
-def _probability(logit: float) -> float:
+def probability(logit: float) -> float:
     return float(torch.sigmoid(torch.tensor(logit, dtype=torch.float64)))
 
 
