@@ -9,6 +9,8 @@ DATA ?= $(wildcard ../shared/data)
 OUT ?= out
 BENCH_FLAGS ?= --quick
 MODEL := sae_weights/mini.en
+# the bundled SAEs' place in a grid, as calibration/mixtures/mini.en.toml has it
+SAES := batchtopk-k25-x8
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
@@ -16,7 +18,7 @@ DATA_FLAG := $(if $(DATA),--data $(DATA))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint weights bench bench-env clean
+.PHONY: help demo test test-slow lint weights sae-sweep bench bench-env clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,15 +47,21 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(if $(DATA),$(RUN) calibration.corpus --data $(DATA) --out $(OUT)/corpus)
 	@$(RUN) calibration.mini_whisper --corpus $(OUT)/corpus --out $(OUT)/mini --seed 1
 	@$(RUN) calibration.bundle model --checkpoint $(OUT)/mini/checkpoint.pt --out $(MODEL)
-	@$(RUN) calibration.train --model mini.en --layers all --batch 4096 --lr 2e-3 \
+	@$(RUN) calibration.train --model mini.en --mixture mini.en \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
-	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes --labels $(OUT)/labels.jsonl \
+	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes/$(SAES)-seed0 --labels $(OUT)/labels.jsonl \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
 	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
 	  --finalists 2 --heard 160 --measured 800 --out $(MODEL)
-	@cp $(OUT)/saes/layer_*.safetensors $(MODEL)/
+	@cp $(OUT)/saes/$(SAES)-seed0/layer_*.safetensors $(MODEL)/
+	@mkdir -p $(MODEL)/seed1 && cp $(OUT)/saes/$(SAES)-seed1/layer_*.safetensors $(MODEL)/seed1/
 	@$(RUN) calibration.bundle card --quick --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
+
+sae-sweep: $(VENV)/.installed-dev  ## L0 against error of SAEs of mini.en: table, figures, operating point
+	@$(RUN) calibration.train --model mini.en --mixture mini.en --corpus $(OUT)/corpus $(DATA_FLAG) \
+	  --k 8,16,25,50,100 --expansion 8,32 --seed 0 --steps 300 --buffer-batches 50 --warm-up 15 \
+	  --wer-clips 0 --out $(OUT)/sae-sweep
 
 clean:  ## remove .venv and caches, keep results
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
