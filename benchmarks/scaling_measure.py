@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,8 +258,9 @@ class RunFigures:
 
     Attributes:
         planned: by `TrainingRun.memory()`.
-        peak: resident memory at most, above that before the run was built, model included in the latter.
-        device_peak: the same of CUDA's allocator; 0 on a CPU.
+        peak: resident memory at most until the last step, above that before the run was built, where model
+            and libraries were in memory already; peak_saving: the same with the checkpoint at the end.
+        device_peak: peak of CUDA's allocator; 0 on a CPU.
         checkpoint, unit: of the files.
         unit_planned: by `calibration.frame_files.unit_bytes`.
         seconds: of training and encoding. frames: trained on. saes: trained.
@@ -266,6 +268,7 @@ class RunFigures:
 
     planned: dict[str, int]
     peak: int
+    peak_saving: int
     device_peak: int
     checkpoint: int
     unit: int
@@ -335,25 +338,40 @@ def small_run(plan: RunPlan, out: Path) -> RunFigures:
         source = StreamingFrames(
             encoder, plan_of(plan.audio), layers=range(plan.layers), unit_frames=config.unit_frames
         )
+    # code that is used for the first time becomes resident, too
+    tiny = TrainConfig(k=(2,), expansion=(2,), steps=4, buffer_batches=2, batch=plan.batch)
+    TrainingRun(RepeatedFrames(16, 1, tiny.unit_frames), tiny, out / "tiny", device=plan.device).train(
+        progress=False
+    )
     cuda = plan.device.startswith("cuda")
     before, before_cuda = resident(), torch.cuda.memory_allocated() if cuda else 0
+    forget_peak()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    run = TrainingRun(source, config, out / "run", device=plan.device, autocast=cuda)
+    run = TrainingRun(
+        source, config, out / "run", device=plan.device, autocast=cuda, checkpoint_seconds=float("inf")
+    )
     planned = run.memory()
+    peaks: list[int] = []
     start = time.perf_counter()
-    run.train(progress=False)
+    run.train(progress=False, after_step=lambda step: peaks.append(resident(peak=True) - before))
     seconds = time.perf_counter() - start
-    peak = resident(peak=True) - before
+    saving = resident(peak=True) - before
     device_peak = torch.cuda.max_memory_allocated() - before_cuda if cuda else 0
     write_cache(source, out / "cache", [(0, 0)], progress=False)
     return RunFigures(
-        planned, peak, device_peak,
+        planned, peaks[-1], saving, device_peak,
         sum(path.stat().st_size for path in (out / "run").rglob("*.safetensors")),
         CacheFolder.open(out / "cache").path((0, 0)).stat().st_size,
         unit_bytes(len(source.layers), config.unit_frames, source.d_model, source.dtype),
         seconds, plan.steps * plan.batch, len(run.specs),
     )  # fmt: skip
+
+
+def forget_peak() -> None:
+    """Let the peak begin at what is resident now, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def resident(*, peak: bool = False) -> int:

@@ -113,7 +113,10 @@ def run_rows(name: str, shape: Shape, found: RunFigures) -> list[Row]:
             "TrainingRun.memory()"),
         row(section, f"peak of {where} above that before the run", peak, "B", "measured",
             f"{(peak - planned) / 1e6:+,.0f} MB to the formula: what a step and a forward pass hold for a "
-            "moment, the checkpoint being written"),
+            "moment"),
+        row(section, "peak of resident memory with the checkpoint being written", found.peak_saving, "B",
+            "measured", f"+{(found.peak_saving - found.peak) / 1e6:,.0f} MB to the line above where that is "
+            "resident memory"),
         row(section, "checkpoint", found.checkpoint, "B", "measured",
             f"formula {found.saes * checkpoint_bytes(shape.d_model, shape.n_latents) / 1e6:,.1f} MB: "
             "12 bytes a parameter; for a moment there are two"),
@@ -154,8 +157,8 @@ def job_rows(where: str, speed: Speed, device: str, job: Job = PAPER) -> list[Ro
     for split in ("gradients", "saes"):
         encoding, training = seconds_shared(job, speed, PROCESSES, split)
         how = (
-            f"encoding / {PROCESSES} + steps x {job.layers} x {speed.part:.3g} s, measured on a "
-            f"{PROCESSES}th of the batch"
+            f"encoding / {PROCESSES} + steps x {job.layers} x {speed.part:.3g} s, measured on 1/{PROCESSES} "
+            "of the batch"
             if split == "gradients"
             else f"encoding / {PROCESSES} + steps x {largest_share(job.layers, PROCESSES)} SAEs of the "
             "busiest process"
@@ -182,7 +185,7 @@ def traffic_rows(job: Job = PAPER) -> list[Row]:
     for name, rate in LINKS.items():
         for split, amount in (("gradients", gradients), ("saes", busiest)):
             rows.append(row(section, f"--split {split}: whole run at {name}", job.steps * amount / rate, "s",
-                            "derived", "steps x bytes / rate, at full rate"))  # fmt: skip
+                            "derived", "steps x bytes / rate, one link a process"))  # fmt: skip
     return rows
 
 
@@ -193,7 +196,7 @@ def disk_rows(job: Job = PAPER) -> list[Row]:
         row(section, "cache of all frames", cache_bytes(job.hours, n, job.d_model), "B", "derived",
             f"{job.hours:,.0f} h x 180,000 frames/h x {n} layers x {job.d_model} x 2 bytes"),
         row(section, "cache of one layer", cache_bytes(job.hours, 1, job.d_model), "B", "derived",
-            "a twelfth of it"),
+            f"1/{n} of it"),
         row(section, "two buffers of 100 batches", 2 * 100 * job.batch * n * job.d_model * 2, "B", "derived",
             f"2 x 100 x {job.batch} x {n} x {job.d_model} x 2 bytes"),
         row(section, f"{n} SAEs in training", n * training_bytes(job.d_model, job.n_latents), "B", "derived",
