@@ -1,11 +1,12 @@
-"""Puts a Steering on an openai-whisper model and takes it off again without a trace.
+"""Puts a Steering on a model and takes it off again without a trace.
 
     with steer(model, alpha=0.5) as handle:
         whisper.transcribe(model, audio)
 
-The model stays a plain `whisper.Whisper`: what is installed on it is in registry.py. While it is steered it
-cannot be copied or pickled. `whisper.decode(model, mel)`, the function, gets the edits but withholds
-nothing; `model.decode` does both.
+What follows is about openai-whisper; for transformers see transformers_steering.py. The model stays a plain
+`whisper.Whisper`: what is installed on it is in registry.py. While it is steered it cannot be copied or
+pickled. `whisper.decode(model, mel)`, the function, gets the edits but withholds nothing; `model.decode` does
+both.
 
 Threads: decoding is serialised by a lock per model (`model_lock`), because openai-whisper keeps its key/value
 cache in hooks on the shared decoder. Word timestamps use global state of openai-whisper outside of `decode`:
@@ -21,6 +22,7 @@ import numbers
 from collections import deque
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from whisper.model import Whisper
@@ -28,6 +30,7 @@ from whisper.model import Whisper
 from .errors import UsageError
 from .registry import Registry, model_lock, registry_of
 from .steering import Steering
+from .transformers_steering import OpenAIView, TransformersRegistry, is_pipeline, is_transformers_model
 from .withholding import Collector, Suppressed, WithheldMarker, collecting
 
 __all__ = [
@@ -49,7 +52,7 @@ _warned_above_one = False
 
 
 def steer(
-    model: Whisper,
+    model: Any,
     *,
     alpha: float = 1.0,
     steering: Steering | str | Path | None = None,
@@ -57,6 +60,8 @@ def steer(
 ) -> Handle:
     """Steer `model` until the handle is removed (`handle.remove()`, or the end of a `with` block).
 
+    model: an openai-whisper Whisper, or transformers' WhisperForConditionalGeneration or an ASR pipeline with
+    one in it (then steered: the model inside).
     alpha: 0 = plain Whisper, bit for bit; 1 = the calibrated strength; can be changed later (`handle.alpha`).
     steering: a Steering, a file, or a name of the bundled ones; None = the one bundled for this model.
     decode_withheld: run the decoder on withheld windows too, to learn which words were withheld; False saves
@@ -66,22 +71,30 @@ def steer(
     Raises UsageError (alpha, steering or model of the wrong kind), MismatchError (steering of another model,
     or none bundled for it), FormatError (damaged file).
     """
-    if not isinstance(model, Whisper):
-        kind = type(model).__name__
-        raise UsageError(f"model is a {kind}: expected an openai-whisper Whisper, as load_model returns")
     alpha = check_alpha(alpha)
-    resolved = _resolve(model, steering)
-    resolved.check(model)
+    pipeline = model if is_pipeline(model) else None
+    model = model if pipeline is None else pipeline.model
+    is_openai = isinstance(model, Whisper)
+    if not is_openai and not is_transformers_model(model):
+        kind = type(model).__name__
+        raise UsageError(
+            f"model is a {kind}: expected an openai-whisper Whisper, as load_model returns, or transformers' "
+            "WhisperForConditionalGeneration or an ASR pipeline with one in it"
+        )
+    resolved = _resolve_openai(model, steering) if is_openai else _resolve_transformers(model, steering)
     with model_lock(model):
-        registry = registry_of(model) or Registry(model)
+        registry = registry_of(model) or (Registry(model) if is_openai else TransformersRegistry(model))
         handle = Handle(registry, resolved, alpha, decode_withheld)
         registry.add(handle)
+        if pipeline is not None and isinstance(registry, TransformersRegistry):
+            registry.add_pipeline(pipeline)
     return handle
 
 
-def handles_of(model: Whisper) -> tuple[Handle, ...]:
-    """The model's handles in the order of attaching; empty if it is not steered."""
-    registry = registry_of(model)
+def handles_of(model: Any) -> tuple[Handle, ...]:
+    """The model's (or the pipeline's model's) handles in the order of attaching; empty if it is not
+    steered."""
+    registry = registry_of(model.model if is_pipeline(model) else model)
     return () if registry is None else registry.handles
 
 
@@ -126,8 +139,8 @@ class Handle:
 
     @property
     def withheld(self) -> list[Suppressed]:
-        """The last 1000 windows that this handle withheld outside of `collecting`, oldest first, without
-        times."""
+        """The last 1000 windows that this handle withheld outside of `collecting`, oldest first; without
+        times from openai-whisper, with times from transformers."""
         return list(self._records)
 
     def remove(self) -> None:
@@ -159,7 +172,21 @@ class Handle:
         return self._by_device[device]
 
 
-def _resolve(model: Whisper, steering: Steering | str | Path | None) -> Steering:
+def _resolve_openai(model: Whisper, steering: Steering | str | Path | None) -> Steering:
+    resolved = _resolve(model, steering)
+    resolved.check(model)
+    return resolved
+
+
+def _resolve_transformers(model: Any, steering: Steering | str | Path | None) -> Steering:
+    view = OpenAIView(model)
+    resolved = _resolve(view, steering)
+    # bfloat16 and the like round the weights, so their hash proves nothing: shape and name must do
+    resolved.check(view, strict=view.exact)
+    return resolved
+
+
+def _resolve(model: Any, steering: Steering | str | Path | None) -> Steering:
     if isinstance(steering, Steering):
         return steering
     from . import zoo

@@ -51,7 +51,7 @@ _OUTSIDE_BLOCKS = {
     "decoder.layer_norm.weight": "decoder.ln.weight",
     "decoder.layer_norm.bias": "decoder.ln.bias",
 }
-_DIMS = {  # ModelDimensions field: key in config.json
+DIMS = {  # ModelDimensions field: key in config.json
     "n_mels": "num_mel_bins",
     "n_audio_ctx": "max_source_positions",
     "n_audio_state": "d_model",
@@ -127,10 +127,10 @@ def load_transformers(folder: str | Path) -> Whisper:
         raise FormatError(
             f"{folder}: config.json is of a {config.get('model_type')!r} model, expected 'whisper'"
         )
-    absent = sorted({key for key in _DIMS.values() if not isinstance(config.get(key), int)})
+    absent = sorted({key for key in DIMS.values() if not isinstance(config.get(key), int)})
     if absent:
         raise FormatError(f"{folder}: config.json lacks {', '.join(absent)}")
-    dims = ModelDimensions(**{field: config[key] for field, key in _DIMS.items()})
+    dims = ModelDimensions(**{field: config[key] for field, key in DIMS.items()})
     try:
         weights = to_openai(_read_weights(folder))
     except FormatError as error:

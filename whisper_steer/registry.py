@@ -1,7 +1,8 @@
 """What is installed on a steered model: one Registry per model, whatever the number of handles.
 
 Forward hooks on the encoder and on the blocks that are read or edited, and the instance attributes
-`model.decode` and `model.detect_language`. They come with the first handle and go with the last one.
+`model.decode` and `model.detect_language` (transformers_steering.py has those of its own runtime). They come
+with the first handle and go with the last one.
 Everything about a running encoder pass lives in thread-local storage and ends with the pass, also when it
 raises.
 """
@@ -33,15 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("whisper_steer")
 
 _DEFAULT_OPTIONS = DecodingOptions()
-_WRAPPED = ("decode", "detect_language")
 _BEGIN, _END = -2, -1  # keys of the encoder's own hooks; block hooks have their layer
 
 _guard = threading.Lock()
-_locks: weakref.WeakKeyDictionary[Whisper, threading.RLock] = weakref.WeakKeyDictionary()
-_registries: weakref.WeakKeyDictionary[Whisper, Registry] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_registries: weakref.WeakKeyDictionary[nn.Module, Registry] = weakref.WeakKeyDictionary()
 
 
-def model_lock(model: Whisper) -> threading.RLock:
+def model_lock(model: nn.Module) -> threading.RLock:
     """The re-entrant lock under which a model is decoded, steered and unsteered; the same for its whole
     life."""
     with _guard:
@@ -51,7 +51,7 @@ def model_lock(model: Whisper) -> threading.RLock:
         return lock
 
 
-def registry_of(model: Whisper) -> Registry | None:
+def registry_of(model: nn.Module) -> Registry | None:
     """The model's registry, None if it is not steered."""
     return _registries.get(model)
 
@@ -78,7 +78,9 @@ class Pass:
 class Registry:
     """All that is installed on one model."""
 
-    def __init__(self, model: Whisper) -> None:
+    wrapped: tuple[str, ...] = ("decode", "detect_language")  # the model's methods that are replaced by ours
+
+    def __init__(self, model: Any) -> None:
         # weak: what hangs on a model must not keep it alive
         self._model = weakref.ref(model)
         self._lock = model_lock(model)
@@ -109,32 +111,36 @@ class Registry:
         self._install_hooks(model)
         if handles and not before:
             _registries[model] = self
-            for name in _WRAPPED:
+            for name in self.wrapped:
                 if name in model.__dict__:
                     self._replaced[name] = model.__dict__[name]
                 setattr(model, name, getattr(self, name))
         if before and not handles:
-            for name in _WRAPPED:
+            for name in self.wrapped:
                 self._restore(model, name)
             del _registries[model]
 
-    def _install_hooks(self, model: Whisper) -> None:
+    def _encoder(self, model: Any) -> tuple[nn.Module, nn.ModuleList]:
+        """The encoder and its blocks."""
+        return model.encoder, model.encoder.blocks
+
+    def _install_hooks(self, model: Any) -> None:
         """Install what is lacking and remove what is no longer needed; a hook in use stays in place."""
         needed = {layer for handle in self.handles for layer in handle.steering.layers}
         needed |= {_BEGIN, _END} if self.handles else set()
         for key in sorted(self._hooks.keys() - needed):
             self._hooks.pop(key).remove()
+        encoder, blocks = self._encoder(model)
         for key in sorted(needed - self._hooks.keys()):
-            encoder = model.encoder
             if key == _BEGIN:
                 self._hooks[key] = encoder.register_forward_pre_hook(self._encoder_begins)
             elif key == _END:
                 # always_call: the pass must be forgotten when the encoder raises, too
                 self._hooks[key] = encoder.register_forward_hook(self._encoder_ends, always_call=True)
             else:
-                self._hooks[key] = encoder.blocks[key].register_forward_hook(self._block_hook(key))
+                self._hooks[key] = blocks[key].register_forward_hook(self._block_hook(key))
 
-    def _restore(self, model: Whisper, name: str) -> None:
+    def _restore(self, model: Any, name: str) -> None:
         if model.__dict__.get(name) != getattr(self, name):
             logger.warning("model.%s was replaced after steering began: it is left as it is", name)
         elif name in self._replaced:
@@ -144,9 +150,10 @@ class Registry:
 
     def _original(self, name: str) -> Callable[..., Any]:
         """model.<name> as it was before."""
-        return self._replaced.get(name) or partial(getattr(Whisper, name), self._living_model())
+        model = self._living_model()
+        return self._replaced.get(name) or partial(getattr(type(model), name), model)
 
-    def _living_model(self) -> Whisper:
+    def _living_model(self) -> Any:
         model = self._model()
         if model is None:
             raise UsageError("the steered model no longer exists: keep a reference to it while decoding")
@@ -165,8 +172,8 @@ class Registry:
         if current is not None and not current.of_decode:
             self._local.current = None
 
-    def _block_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def after_block(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _block_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             current = self._current()
             # a block that is called by itself, outside of the encoder, is left alone
             return None if current is None else steered(current.steps, layer, output)

@@ -1,0 +1,414 @@
+"""Steering for transformers: WhisperForConditionalGeneration, alone or inside an ASR pipeline.
+
+Edits and gates are read in forward hooks on the encoder's layers, so they act in every call of the model.
+Words are withheld in `generate`, through which all paths go (short and long form, batches, beams, pipelines
+in chunks): a withheld window comes back as one segment without tokens, and is not tried at a higher
+temperature.
+
+What is relied upon in transformers (4.45 to 5): `generate` hands each batch of 30 s windows to
+`generate_with_fallback`, which asks `_need_fallback` about every window in turn and returns (sequences,
+outputs, should_skip, ...), each a list by window; encoder layers return a tensor (5), or a tuple that begins
+with it (4). Steer before `torch.compile`: a compiled encoder does not see hooks that come later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from whisper.model import ModelDimensions
+from whisper.tokenizer import get_tokenizer
+
+from .convert_hf import DIMS, openai_name
+from .registry import Registry, Step, steered, verdicts_of
+from .withholding import Suppressed, active_collector
+
+FRAME_SECONDS = 0.01  # a mel frame
+WINDOW_SECONDS = 30.0
+_ENGLISH_VOCABULARY = 51864  # each language beyond English has one more token
+_FP16_MARGIN = 1000  # transformers clamps half precision outputs this far below the largest number
+
+Verdict = tuple[Step, float] | None
+
+
+def is_transformers_model(model: Any) -> bool:
+    """Is it a transformers WhisperForConditionalGeneration? Imports nothing."""
+    module = sys.modules.get("transformers.models.whisper.modeling_whisper")
+    return module is not None and isinstance(model, module.WhisperForConditionalGeneration)
+
+
+def is_pipeline(model: Any) -> bool:
+    """Is it a transformers ASR pipeline with a Whisper in it? Imports nothing."""
+    module = sys.modules.get("transformers.pipelines.automatic_speech_recognition")
+    if module is None or not isinstance(model, module.AutomaticSpeechRecognitionPipeline):
+        return False
+    return is_transformers_model(model.model)
+
+
+class OpenAIView:
+    """What Steering.check and the zoo look at in an openai-whisper model, read from a transformers one."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self.dims = ModelDimensions(**{name: getattr(config, key) for name, key in DIMS.items()})
+        self.name = short_name(str(getattr(model, "name_or_path", "") or ""))
+        self.encoder = SimpleNamespace(named_parameters=self._encoder_parameters)
+        self._model = model
+
+    @property
+    def exact(self) -> bool:
+        """False if the weights may have been rounded, so that their hash says nothing."""
+        return all(parameter.dtype == torch.float32 for _, parameter in self._encoder_parameters())
+
+    def _encoder_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._model.model.encoder.named_parameters():
+            renamed = openai_name(f"encoder.{name}")
+            if renamed is not None and renamed != "encoder.positional_embedding":  # a buffer there
+                yield renamed.removeprefix("encoder."), parameter
+
+
+def short_name(name_or_path: str) -> str:
+    """The name that a steering is kept under: "openai/whisper-small.en" -> "small.en", else the last part."""
+    last = name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return last.removeprefix("whisper-") if name_or_path.startswith("openai/") else last
+
+
+@dataclass
+class _Call:
+    """One call of `generate`. frames: per audio, mel frames that hold sound, None if unknown. whole: its
+    result must hold every window's scores, so every window is decoded."""
+
+    frames: list[int] | None
+    whole: bool
+
+
+@dataclass
+class _Windows:
+    """One call of `generate_with_fallback`: what is found out about its windows while it runs."""
+
+    count: int
+    verdicts: list[Verdict] = field(default_factory=list)  # set by the first encoder pass
+    judged: int = 0  # windows that were asked about; the first `count` questions come in their order
+    avg_logprobs: dict[int, float] = field(default_factory=dict)
+
+    def verdict(self, row: int) -> Verdict:
+        return self.verdicts[row] if row < len(self.verdicts) else None
+
+
+class TransformersRegistry(Registry):
+    """All that is installed on one transformers Whisper and on the pipelines that it was steered through."""
+
+    wrapped = ("generate", "generate_with_fallback", "_need_fallback")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._clocks: list[_ChunkClock] = []
+        self._tokenizer: Any = None  # a pipeline's own
+
+    def add_pipeline(self, pipeline: Any) -> None:
+        """Learn the times of chunks and the vocabulary from this pipeline. Call with the lock held."""
+        self._tokenizer = pipeline.tokenizer
+        if not any(clock.watches(pipeline) for clock in self._clocks):
+            self._clocks.append(_ChunkClock(pipeline, self._local))
+
+    def _install(self, handles: tuple[Any, ...]) -> None:
+        super()._install(handles)
+        if not handles:
+            for clock in self._clocks:
+                clock.stop()
+            self._clocks.clear()
+
+    # ---------- edits
+
+    def _encoder(self, model: Any) -> tuple[nn.Module, nn.ModuleList]:
+        return model.model.encoder, model.model.encoder.layers
+
+    def _block_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def after_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            current = self._current()
+            if current is None:
+                return None
+            before = output[0] if isinstance(output, tuple) else output
+            after = steered(current.steps, layer, before)
+            if after is None:
+                return None
+            if after.dtype == torch.float16:
+                limit = torch.finfo(torch.float16).max - _FP16_MARGIN
+                after = after.clamp(-limit, limit)
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        return after_layer
+
+    def _encoder_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        windows, current = self._windows(), self._current()
+        if windows is not None and current is not None and not windows.verdicts and output is not None:
+            # the first pass sees all windows; later ones only those that are decoded again
+            windows.verdicts = verdicts_of(current.steps)
+        super()._encoder_ends(module, args, output)
+
+    # ---------- withheld windows
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As before; remembers what is known of the audio's length only here."""
+        original = self._original("generate")
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        given = {**arguments.get("kwargs", {}), **arguments}
+        config = given.get("generation_config") or self._living_model().generation_config
+        whole = any(
+            given.get(name) or getattr(config, name, None)
+            for name in ("return_dict_in_generate", "force_unique_generate_call")
+        )
+        outer, self._local.call = getattr(self._local, "call", None), _Call(_sounding_frames(given), whole)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._local.call = outer
+
+    def generate_with_fallback(self, *args: Any, **kwargs: Any) -> Any:
+        """As before, with the windows emptied in which a gate finds nobody speaking."""
+        original = self._original("generate_with_fallback")
+        steps = self._steps()
+        if not steps:
+            return original(*args, **kwargs)
+        arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        with self._passing(steps), self._watching(arguments["cur_bsz"]) as windows:
+            sparing = any(step.steering.gate and not step.handle.decode_withheld for step in steps)
+            call = getattr(self._local, "call", None)
+            if sparing and arguments["segment_input"] is not None and not (call is not None and call.whole):
+                result = self._decode_needed(original, arguments, windows)
+            else:
+                result = original(**arguments)
+        if not any(windows.verdicts):
+            return result
+        return self._withheld(result, arguments, windows)
+
+    def _need_fallback(self, *args: Any, **kwargs: Any) -> Any:
+        """As before, but never for a withheld window: there is nothing to get right."""
+        original = self._original("_need_fallback")
+        answer, windows = original(*args, **kwargs), self._windows()
+        if windows is None or windows.judged >= windows.count:
+            return answer
+        row = windows.judged
+        windows.judged += 1
+        if windows.verdict(row) is None:
+            return answer
+        asked = inspect.signature(original).bind(*args, **kwargs).arguments
+        output = asked["seek_outputs"][asked["index"]]
+        if isinstance(output, Mapping) and output.get("scores") is not None:
+            windows.avg_logprobs[row] = float(
+                self._living_model()._retrieve_avg_logprobs(
+                    output["scores"], asked["seek_sequence"], asked["temperature"] or 0.0
+                )
+            )
+        return False, False
+
+    def _decode_needed(
+        self, original: Callable[..., Any], arguments: dict[str, Any], windows: _Windows
+    ) -> tuple[Any, ...]:
+        """Encode first, then run the decoder only where something is withheld by no handle, or by one that
+        wants to know the words."""
+        count, config = windows.count, arguments["generation_config"]
+        with torch.no_grad():
+            features = self._living_model().model.encoder(arguments["segment_input"])[0]
+        verdicts = [windows.verdict(row) for row in range(count)]
+        rows = [i for i, v in enumerate(verdicts) if v is None or v[0].handle.decode_withheld]
+        windows.verdicts = [verdicts[row] for row in rows]
+        windows.count = len(rows)
+        chosen = _only(arguments, rows)
+        if len(arguments["temperatures"]) == 1 and getattr(config, "cache_implementation", None) != "static":
+            # with several temperatures transformers would not narrow this down to the windows it repeats
+            from transformers.modeling_outputs import BaseModelOutput
+
+            chosen["kwargs"] = {**chosen["kwargs"], "encoder_outputs": BaseModelOutput(features[rows])}
+        decoded = original(**chosen) if rows else ([], [], [], [], None)
+        windows.avg_logprobs = {rows[place]: value for place, value in windows.avg_logprobs.items()}
+        windows.verdicts, windows.count = verdicts, count
+        sequences, outputs, skip, condition, kind = decoded
+        prompts, places = arguments["decoder_input_ids"], {row: place for place, row in enumerate(rows)}
+        return (
+            [sequences[places[i]] if i in places else prompts[i, :0] for i in range(count)],
+            [outputs[places[i]] if i in places else _not_decoded(prompts[i], config) for i in range(count)],
+            [bool(skip[places[i]]) if i in places else False for i in range(count)],
+            [
+                condition[places[i]] if i in places else arguments["do_condition_on_prev_tokens"][i]
+                for i in range(count)
+            ],
+            kind,
+        )
+
+    def _withheld(self, result: tuple[Any, ...], arguments: dict[str, Any], windows: _Windows) -> Any:
+        """What `generate_with_fallback` returned, without the words of withheld windows, now recorded."""
+        sequences, outputs, skip = list(result[0]), list(result[1]), list(result[2])
+        prompt_length = arguments["decoder_input_ids"].shape[-1]
+        for row in range(windows.count):
+            verdict = windows.verdict(row)
+            if verdict is None:
+                continue
+            step, score = verdict
+            spared = len(sequences[row]) == 0 and not step.handle.decode_withheld
+            record = Suppressed(
+                *self._times(arguments, row),
+                None if spared else self._text(sequences[row]),
+                score,
+                _no_speech_prob(arguments.get("logits_processor"), row, windows.count),
+                windows.avg_logprobs.get(row),
+            )
+            collector = active_collector(self._living_model())
+            if collector is None:
+                step.handle.record(record)
+            else:
+                collector.records.append(record)
+            sequences[row] = sequences[row][:0]
+            outputs[row] = _silenced(outputs[row], prompt_length, arguments["generation_config"])
+            skip[row] = False  # an empty segment; without one, transformers' batches and word times fail
+        return (sequences, outputs, skip, *result[3:])
+
+    def _times(self, arguments: dict[str, Any], row: int) -> tuple[float, float]:
+        """Seconds in the audio: start and end of the window of this row."""
+        audio = int(arguments["batch_idx_map"][row])
+        start = int(arguments["seek"][audio]) * FRAME_SECONDS
+        end = start + WINDOW_SECONDS
+        call = getattr(self._local, "call", None)
+        repeats = 1
+        if call is not None and call.frames:
+            repeats = max(1, len(arguments["seek"]) // len(call.frames))  # num_return_sequences
+            end = min(end, call.frames[audio // repeats] * FRAME_SECONDS)
+        offsets = getattr(self._local, "offsets", None)
+        offset = offsets[audio // repeats] if offsets and audio // repeats < len(offsets) else 0.0
+        return offset + start, offset + max(start, end)
+
+    def _text(self, tokens: Tensor) -> str | None:
+        """Only words: text tokens have the smallest numbers. None if the vocabulary is not Whisper's own."""
+        size = self._living_model().config.vocab_size
+        languages = size - _ENGLISH_VOCABULARY + 98
+        if size == _ENGLISH_VOCABULARY or 99 <= languages <= 100:
+            english = size == _ENGLISH_VOCABULARY
+            tokenizer: Any = get_tokenizer(False) if english else get_tokenizer(True, num_languages=languages)
+            end = tokenizer.eot
+        elif self._tokenizer is not None:
+            tokenizer, end = self._tokenizer, self._tokenizer.eos_token_id
+        else:
+            return None
+        return str(tokenizer.decode([token for token in tokens.tolist() if token < end]))
+
+    # ---------- state of this thread
+
+    def _windows(self) -> _Windows | None:
+        return getattr(self._local, "windows", None)
+
+    @contextmanager
+    def _watching(self, count: int) -> Iterator[_Windows]:
+        self._local.windows = _Windows(count)
+        try:
+            yield self._local.windows
+        finally:
+            self._local.windows = None
+
+
+class _ChunkClock:
+    """Tells a pipeline's chunks their place in the audio, while it is installed as `pipeline._forward`.
+
+    The pipeline cuts audio into chunks that overlap by their strides, (samples, left, right); they come in
+    order, and the last one of each audio is marked.
+    """
+
+    def __init__(self, pipeline: Any, local: threading.local) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._local = local
+        self._rate = pipeline.feature_extractor.sampling_rate
+        self._original = pipeline._forward
+        self._forward = self._timed  # the very object that is installed
+        pipeline._forward = self._forward
+
+    def watches(self, pipeline: Any) -> bool:
+        return self._pipeline() is pipeline
+
+    def stop(self) -> None:
+        """Take it off, unless somebody has put something else there since."""
+        pipeline = self._pipeline()
+        if pipeline is not None and pipeline.__dict__.get("_forward") is self._forward:
+            del pipeline._forward
+
+    def _timed(self, model_inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._local.offsets = self._starts(model_inputs)
+        try:
+            return self._original(model_inputs, *args, **kwargs)
+        except BaseException:
+            self._local.reached = 0  # the rest of this audio will not come
+            raise
+        finally:
+            self._local.offsets = None
+
+    def _starts(self, model_inputs: Mapping[str, Any]) -> list[float] | None:
+        """Where each chunk of the batch begins, in seconds; None for audio that was not cut."""
+        stride, is_last = model_inputs.get("stride"), model_inputs.get("is_last")
+        if stride is None:
+            return None
+        single = isinstance(stride[0], (int, float))
+        strides: Sequence[Any] = [stride] if single else stride
+        ends = list(is_last) if isinstance(is_last, (list, tuple, Tensor)) else [is_last]
+        starts, reached = [], getattr(self._local, "reached", 0)
+        for (samples, left, right), last in zip(strides, ends, strict=True):
+            start = max(0, reached - int(left))
+            starts.append(start / self._rate)
+            reached = 0 if last else start + int(samples) - int(right)
+        self._local.reached = reached
+        return starts
+
+
+def _sounding_frames(given: Mapping[str, Any]) -> list[int] | None:
+    """Mel frames with sound per audio: by the attention mask, else all; None where even that is padding."""
+    mask, features = given.get("attention_mask"), given.get("input_features")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return [int(total) for total in mask.sum(-1).tolist()]
+    return [features.shape[-1]] * len(features) if isinstance(features, Tensor) else None
+
+
+def _only(arguments: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The arguments of `generate_with_fallback` for some of the windows."""
+    kwargs = dict(arguments["kwargs"])
+    if kwargs.get("decoder_attention_mask") is not None:
+        kwargs["decoder_attention_mask"] = kwargs["decoder_attention_mask"][rows]
+    listed = ("batch_idx_map", "do_condition_on_prev_tokens")
+    return {
+        **arguments,
+        "cur_bsz": len(rows),
+        "segment_input": arguments["segment_input"][rows],
+        "decoder_input_ids": arguments["decoder_input_ids"][rows],
+        "kwargs": kwargs,
+        **{name: [arguments[name][row] for row in rows] for name in listed},
+    }
+
+
+def _not_decoded(prompt: Tensor, config: Any) -> Any:
+    """Stands for the output of a window that the decoder never saw: its prompt, nothing behind it."""
+    if not getattr(config, "return_dict_in_generate", False):
+        return prompt
+    return {"sequences": prompt.cpu(), "token_timestamps": torch.zeros(len(prompt))}
+
+
+def _silenced(output: Any, prompt_length: int, config: Any) -> Any:
+    """The window's output with its tokens gone: the end of text right behind the prompt, then padding."""
+    if isinstance(output, Mapping):
+        return {**output, "sequences": _silenced(output["sequences"], prompt_length, config)}
+    ends = config.eos_token_id
+    end = int(ends[0] if isinstance(ends, (list, tuple)) else ends)
+    silent = output.clone()
+    silent[prompt_length:] = end if config.pad_token_id is None else int(config.pad_token_id)
+    silent[prompt_length : prompt_length + 1] = end
+    return silent
+
+
+def _no_speech_prob(processors: Any, row: int, count: int) -> float | None:
+    """What transformers' own detector says of this window; it runs only if no_speech_threshold is given."""
+    found = [p.no_speech_prob for p in processors or () if hasattr(p, "no_speech_prob")]
+    return float(found[0][row]) if found and len(found[0]) == count else None
