@@ -146,6 +146,12 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+BUSY = (
+    "**Other work ran meanwhile**: times are upper bounds, by a factor that the spread of repeats shows; sizes "
+    "and traffic do not depend on it. "
+)
+
+
 def headline(
     found: Sequence[dict[str, Any]], loads: Sequence[float | None], seconds: float, flags: str
 ) -> str:
@@ -155,6 +161,7 @@ def headline(
         f"`python -m benchmarks.scaling{flags}` on {places}; torch {found[0]['torch']}, "
         f"{found[0]['system']}; {seconds / 60:.1f} min; load {shown} after (mean number of running processes "
         "over a minute, this one's threads included). "
+        + (BUSY if loads[0] is not None and loads[0] > 1 else "")
         + ("" if torch.cuda.is_available() else "No GPU was at hand: nothing below was measured on one.")
     ).strip()
 
