@@ -147,8 +147,8 @@ def load() -> float | None:
 
 
 BUSY = (
-    "**Other work ran meanwhile**: times are upper bounds, by a factor that the spread of repeats shows; sizes "
-    "and traffic do not depend on it. "
+    "**Other work ran meanwhile**: times, and what is derived from them, are too long by an unknown factor; "
+    "sizes and traffic do not depend on it. "
 )
 
 
