@@ -217,14 +217,7 @@ class TrainingRun:
         self, round_index: int, units: Sequence[Frames], bar: Any, after_step: Callable[[int], None] | None
     ) -> dict[str, Any]:
         size = self.config.batch // self.config.shards
-        orders = [
-            torch.from_numpy(
-                np.random.default_rng([self.config.data_seed, round_index, shard]).permutation(
-                    len(unit.domains)
-                )
-            )
-            for shard, unit in zip(self.shards, units, strict=True)
-        ]
+        orders = [self._order(round_index, shard) for shard in self.shards]
         begin = round_index * self.steps_per_round
         watch = _Watch(self.trainers)
         for step in range(self.step, min(begin + self.steps_per_round, self.config.steps)):

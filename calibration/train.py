@@ -118,7 +118,10 @@ def parser() -> argparse.ArgumentParser:
         text = what if "default" in what else f"{what} (default: {getattr(default, name)})"
         flag(f"--{name.replace('_', '-')}", type=kind, help=text)
     flag("--no-centre", action="store_true", help="do not subtract the mean activation")
-    flag("--split", default="gradients", choices=SPLITS, help="what several processes share")
+    flag(
+        "--split", choices=SPLITS,
+        help="what several processes share (default: saes where there are enough for all, else gradients)",
+    )  # fmt: skip
     flag("--cache", type=Path, metavar="DIR", help="keep frames on disk, for repeated runs on the same audio")
     flag("--checkpoint-minutes", type=float, default=2.0, help="least time between checkpoints (default: 2)")
     flag("--no-background", action="store_true", help="encode between rounds, not beside the training")
@@ -174,6 +177,13 @@ def announce(training: TrainingRun, mixture: Mixture, cache: Path | None) -> Non
         f"{size_text(memory['saes'])} for the SAEs",
         file=sys.stderr,
     )
+    if training.collective.size > 1:
+        shared = {"saes": "each trains its part of the SAEs", "gradients": "all train every SAE"}
+        print(
+            f"{training.collective.size} processes: each encodes its part of the audio, "
+            f"{shared[training.split]} (--split {training.split})",
+            file=sys.stderr,
+        )
     if cache is None:
         text = (
             f"frames: streamed from the audio, which needs no disk (kept, these rounds would take "
@@ -208,9 +218,11 @@ def train(args: argparse.Namespace, collective: Collective) -> None:
     frames = source_of(replace(spec, unit_frames=config.unit_frames), encoder, mixture)
     source: FrameSource = frames if args.cache is None else WriteThroughCache(frames, args.cache)
     device = torch.device(encoder.device)
+    enough = len(config.specs(source.layers)) >= collective.size > 1
+    split = args.split or ("saes" if enough else "gradients")
     settings: dict[str, Any] = {"device": device, "autocast": device.type == "cuda"}
     training = TrainingRun(
-        source, config, args.out, collective=collective, split=args.split, **settings,
+        source, config, args.out, collective=collective, split=split, **settings,
         background=not args.no_background, checkpoint_seconds=60 * args.checkpoint_minutes,
     )  # fmt: skip
     if collective.first:
@@ -222,7 +234,7 @@ def train(args: argparse.Namespace, collective: Collective) -> None:
     _note_skipped(args.out, frames, collective)
     if not collective.first:
         return
-    if args.split == "saes" and collective.size > 1:
+    if split == "saes" and collective.size > 1:
         training = TrainingRun(source, config, args.out, **settings)
         training.resume()
     dtype = torch.float32 if args.float32 else torch.float16
