@@ -281,6 +281,13 @@ def _described(error: WhisperSteerError) -> dict[str, str]:
     return {"error": str(error), "error_kind": type(error).__name__}
 
 
+def _raised(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, unless it holds a worker's error: that is raised."""
+    if row["error"]:
+        raise getattr(whisper_steer.errors, row["error_kind"], WhisperSteerError)(row["error"])
+    return row
+
+
 def _spread(
     ray: Any,
     worker: type,
@@ -314,12 +321,7 @@ def _spread(
         with closing(iter(done.iter_batches(batch_size=None, prefetch_batches=0))) as blocks:
             for block in blocks:
                 for values in zip(*block.values(), strict=True):
-                    row = dict(zip(block, values, strict=True))
-                    if row["error"]:
-                        raise getattr(whisper_steer.errors, row["error_kind"], WhisperSteerError)(
-                            row["error"]
-                        )
-                    yield row
+                    yield _raised(dict(zip(block, values, strict=True)))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,11 +46,27 @@ def two_workers():
         ray.shutdown()
 
 
+@pytest.fixture(params=["here", pytest.param("ray", marks=pytest.mark.slow)])
+def engine(request, monkeypatch):
+    """The workers' code in this process, one row after the other; and, slow, on Ray."""
+    if request.param == "ray":
+        request.getfixturevalue("two_workers")
+        return
+
+    def spread_here(_ray, worker, arguments, rows, workers, gpus):
+        made = worker(**arguments, threads=1)
+        for row in [*rows[1::2], *rows[::2]]:  # in another order, as Ray may return them
+            yield ray_jobs._raised(made(row))
+
+    monkeypatch.setattr(ray_jobs, "_spread", spread_here)
+    monkeypatch.setattr(ray_jobs, "_connected", lambda _: nullcontext())
+
+
 def loads(log: Path) -> list[tuple[int, int]]:
     return sorted(tuple(map(int, line.split()[:2])) for line in log.read_text().splitlines())
 
 
-def test_cached_by_two_workers_byte_for_byte_as_by_one_process(two_workers, tmp_path):
+def test_cached_by_two_workers_byte_for_byte_as_by_one_process(engine, tmp_path):
     source = FakeFrames(log=tmp_path / "log")
     estimate = ray_jobs.harvest(partial(replace, source), tmp_path / "ray", UNITS, progress=False)
     write_cache(FakeFrames(), tmp_path / "one", UNITS, progress=False)
@@ -61,6 +78,7 @@ def test_cached_by_two_workers_byte_for_byte_as_by_one_process(two_workers, tmp_
     assert len(loads(tmp_path / "log")) == 6
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_unit_and_none_is_made_twice(two_workers, tmp_path):
     source = FakeFrames(log=tmp_path / "log", kill_once=tmp_path / "killed")
     ray_jobs.harvest(partial(replace, source), tmp_path / "ray", UNITS, progress=False)
@@ -79,11 +97,12 @@ class Unreadable(FakeFrames):
         raise AudioError("clip.wav cannot be read: give another file")
 
 
-def test_an_error_in_a_worker_is_the_same_one_line(two_workers, tmp_path):
+def test_an_error_in_a_worker_is_the_same_one_line(engine, tmp_path):
     with pytest.raises(AudioError, match="^clip.wav cannot be read: give another file$"):
         ray_jobs.harvest(Unreadable, tmp_path, UNITS, progress=False)
 
 
+@pytest.mark.slow
 def test_workers_with_another_source_are_refused(two_workers, tmp_path):
     with pytest.raises(UsageError, match="holds frames made with other settings"):
         ray_jobs.harvest(partial(different_elsewhere, os.getpid()), tmp_path, UNITS, progress=False)
@@ -130,9 +149,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(ray_jobs, "CHUNK_BATCHES", 2)
 
 
-def test_labelled_by_two_workers_byte_for_byte_as_by_one_process(
-    two_workers, tmp_path, labels_of_one_process
-):
+def test_labelled_by_two_workers_byte_for_byte_as_by_one_process(engine, tmp_path, labels_of_one_process):
     cache = tmp_path / "deep" / "labels.jsonl"
     labels = ray_jobs.label(BUILD_MODEL, make_clips, cache, batch=2, progress=False)
     assert labels == labels_of_one_process[0] and list(labels) == [clip.id for clip in make_clips()]
@@ -140,6 +157,7 @@ def test_labelled_by_two_workers_byte_for_byte_as_by_one_process(
     assert [path.name for path in cache.parent.iterdir()] == ["labels.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_clip_and_none_is_counted_twice(
     two_workers, tmp_path, labels_of_one_process
 ):
@@ -151,7 +169,7 @@ def test_a_killed_worker_loses_no_clip_and_none_is_counted_twice(
     assert labels == labels_of_one_process[0]
 
 
-def test_labelling_goes_on_from_the_file_and_from_parts(two_workers, tmp_path, labels_of_one_process):
+def test_labelling_goes_on_from_the_file_and_from_parts(engine, tmp_path, labels_of_one_process):
     cache = tmp_path / "labels.jsonl"
     header, *lines = labels_of_one_process[1].splitlines(keepends=True)
     marked = [
@@ -173,7 +191,7 @@ def test_labelling_goes_on_from_the_file_and_from_parts(two_workers, tmp_path, l
     assert not parts.exists()
 
 
-def test_labels_of_another_model_are_refused(two_workers, tmp_path):
+def test_labels_of_another_model_are_refused(engine, tmp_path):
     cache = tmp_path / "labels.jsonl"
     label_clips(make_terse_whisper(2), [], cache=cache, progress=False)
     with pytest.raises(UsageError, match="holds labels of another model"):
@@ -184,6 +202,7 @@ def other_clips(pid):
     return make_clips(4) if os.getpid() == pid else make_clips(6)[2:]
 
 
+@pytest.mark.slow
 def test_workers_that_find_other_clips_are_refused(two_workers, tmp_path):
     with pytest.raises(UsageError, match="a worker finds other clips than this machine"):
         ray_jobs.label(
@@ -191,7 +210,7 @@ def test_workers_that_find_other_clips_are_refused(two_workers, tmp_path):
         )
 
 
-def test_nothing_to_do_starts_no_worker(two_workers, tmp_path):
+def test_nothing_to_do_starts_no_worker(engine, tmp_path):
     assert ray_jobs.label(BUILD_MODEL, list, tmp_path / "labels.jsonl", progress=False) == {}
 
 
