@@ -240,7 +240,7 @@ class _Parts:
 
     def write(self, lines: str) -> None:
         name = hashlib.sha256(lines.encode()).hexdigest()[:20] + ".jsonl"
-        with _readable(self.folder):
+        with _write_errors_in_one_line(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / name, (label_header(self.crc) + lines).encode())
 
@@ -251,7 +251,7 @@ class _Parts:
         lines = {(done.id, done.crc): done.line() for done in labelled}
         others = {key: LabelledClip(*key, transcript).line() for key, transcript in self.read().items()}
         ordered = [line for key, line in (lines | others).items() if key not in before]
-        with _readable(self.cache):
+        with _write_errors_in_one_line(self.cache):
             if ordered:
                 write_atomically(self.cache, self.cache.read_bytes() + "".join(ordered).encode())
             if self.folder.exists():
@@ -264,7 +264,7 @@ def _parsed(line: str) -> LabelledClip:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _write_errors_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
