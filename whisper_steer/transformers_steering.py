@@ -26,15 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from whisper.model import ModelDimensions
-from whisper.tokenizer import get_tokenizer
 
 from .convert_hf import DIMS, openai_name
 from .registry import Registry, Step, steered, verdicts_of
+from .transformers_model import vocabulary
 from .withholding import Suppressed, active_collector
 
 FRAME_SECONDS = 0.01  # a mel frame
 WINDOW_SECONDS = 30.0
-_ENGLISH_VOCABULARY = 51864  # each language beyond English has one more token
 _FP16_MARGIN = 1000  # transformers clamps half precision outputs this far below the largest number
 
 Verdict = tuple[Step, float] | None
@@ -288,17 +287,11 @@ class TransformersRegistry(Registry):
 
     def _text(self, tokens: Tensor) -> str | None:
         """Only words: text tokens have the smallest numbers. None if the vocabulary is not Whisper's own."""
-        size = self._living_model().config.vocab_size
-        languages = size - _ENGLISH_VOCABULARY + 98
-        if size == _ENGLISH_VOCABULARY or 99 <= languages <= 100:
-            english = size == _ENGLISH_VOCABULARY
-            tokenizer: Any = get_tokenizer(False) if english else get_tokenizer(True, num_languages=languages)
-            end = tokenizer.eot
-        elif self._tokenizer is not None:
-            tokenizer, end = self._tokenizer, self._tokenizer.eos_token_id
-        else:
+        own = vocabulary(self._living_model().config.vocab_size)
+        if own is None and self._tokenizer is None:
             return None
-        return str(tokenizer.decode([token for token in tokens.tolist() if token < end]))
+        end = self._tokenizer.eos_token_id if own is None else own.eot
+        return str((own or self._tokenizer).decode([token for token in tokens.tolist() if token < end]))
 
     # ---------- state of this thread
 
