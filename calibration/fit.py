@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from calibration.corpus import describe, eval_sets
-    from calibration.train import parse_layers
+    from calibration.frame_source import parse_layers
     from calibration.training_clips import training_clips
     from whisper_steer.zoo import load_model
 

@@ -71,7 +71,7 @@ class SourceSpec:
             corpus=None if args.corpus is None else args.corpus.resolve(),
             data=None if args.data is None else args.data.resolve(),
             clips=args.clips,
-            layers=_parse_layers(args.layers),
+            layers=parse_layers(args.layers),
             unit_frames=args.unit_frames if unit_frames is None else unit_frames,
             dtype=args.dtype,
             seed=args.data_seed,
@@ -195,7 +195,8 @@ def _absolute_if_there(name: str) -> str:
     return str(path.resolve()) if is_path else name
 
 
-def _parse_layers(text: str) -> tuple[int, ...] | None:
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """ "all" -> None, "0,3" -> (0, 3). Raises UsageError: anything else."""
     if text == "all":
         return None
     try:

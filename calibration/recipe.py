@@ -108,16 +108,18 @@ class TrainConfig:
 
         Raises UsageError: an unknown name, or a value of the wrong type or range; all problems in one line.
         """
-        known = {field.name: field for field in fields(cls)}
-        problems, values = [], {}
+        defaults = cls()
+        known = {field.name: getattr(defaults, field.name) for field in fields(cls)}
+        problems: list[str] = []
+        values: dict[str, Any] = {}
         for name, value in table.items():
             if name not in known:
                 problems.append(f"{name} is unknown (known: {', '.join(known)})")
                 continue
-            default = known[name].default
+            default = known[name]
             many = isinstance(default, tuple)
             entries = value if isinstance(value, (list, tuple)) else [value]
-            kind = type(default[0]) if isinstance(default, tuple) else type(default)
+            kind = type(default[0] if isinstance(default, tuple) else default)
             right = all(
                 isinstance(entry, bool) == (kind is bool)
                 and isinstance(entry, (int, float) if kind is float else kind)

@@ -18,7 +18,7 @@ from calibration_tools import make_terse_whisper, sound
 from safetensors.torch import load_file
 
 from calibration.engine import TrainingRun
-from calibration.frame_source import SourceSpec, build_mixture, source_of
+from calibration.frame_source import SourceSpec, build_mixture, parse_layers, source_of
 from calibration.frames import StreamingFrames
 from calibration.mixture import DOMAINS, Mixture
 from calibration.plan import WindowPlan
@@ -316,3 +316,9 @@ def test_torchrun_gives_what_one_process_gives(world, tmp_path, split):
 
 def test_training_is_importable_without_starting():
     assert callable(train) and callable(TrainingRun)
+
+
+def test_layers_are_numbers_or_all():
+    assert parse_layers("all") is None and parse_layers("0,3,0") == (0, 3)
+    with pytest.raises(UsageError, match="expected 'all' or 0-based numbers"):
+        parse_layers("first")
