@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import sys
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from whisper.model import Whisper
@@ -57,29 +58,39 @@ def steer(
     alpha: float = 1.0,
     steering: Steering | str | Path | None = None,
     decode_withheld: bool = True,
+    files: str | Path | None = None,
 ) -> Handle:
     """Steer `model` until the handle is removed (`handle.remove()`, or the end of a `with` block).
 
     model: an openai-whisper Whisper, or transformers' WhisperForConditionalGeneration or an ASR pipeline with
-    one in it (then steered: the model inside).
+    one in it (then steered: the model inside), or a faster-whisper WhisperModel or BatchedInferencePipeline.
     alpha: 0 = plain Whisper, bit for bit; 1 = the calibrated strength; can be changed later (`handle.alpha`).
     steering: a Steering, a file, or a name of the bundled ones; None = the one bundled for this model.
     decode_withheld: run the decoder on withheld windows too, to learn which words were withheld; False saves
     the time, and the record's text is then None.
+    files: the folder that a faster-whisper model was loaded from, which it does not say itself; None: the
+    Hugging Face cache is searched.
     Several handles work together: edits in the order of attaching, and each gate may withhold.
 
     Raises UsageError (alpha, steering or model of the wrong kind), MismatchError (steering of another model,
-    or none bundled for it), FormatError (damaged file).
+    or none bundled for it), FormatError (damaged file), ModelError (the files of a faster-whisper model are
+    not found).
     """
     alpha = check_alpha(alpha)
+    if _is_faster(model):
+        from .faster import steer_existing
+
+        return steer_existing(model, alpha, steering, decode_withheld, files)
+    if files is not None:
+        raise UsageError("files is for a faster-whisper model: leave it out")
     pipeline = model if is_pipeline(model) else None
     model = model if pipeline is None else pipeline.model
     is_openai = isinstance(model, Whisper)
     if not is_openai and not is_transformers_model(model):
         kind = type(model).__name__
         raise UsageError(
-            f"model is a {kind}: expected an openai-whisper Whisper, as load_model returns, or transformers' "
-            "WhisperForConditionalGeneration or an ASR pipeline with one in it"
+            f"model is a {kind}: expected an openai-whisper Whisper, as load_model returns, transformers' "
+            "WhisperForConditionalGeneration or an ASR pipeline with one in it, or a faster-whisper model"
         )
     resolved = _resolve_openai(model, steering) if is_openai else _resolve_transformers(model, steering)
     with model_lock(model):
@@ -94,6 +105,10 @@ def steer(
 def handles_of(model: Any) -> tuple[Handle, ...]:
     """The model's (or the pipeline's model's) handles in the order of attaching; empty if it is not
     steered."""
+    if _is_faster(model):
+        from . import faster
+
+        return faster.handles_of(model)
     registry = registry_of(model.model if is_pipeline(model) else model)
     return () if registry is None else registry.handles
 
@@ -112,11 +127,18 @@ def check_alpha(alpha: float) -> float:
     return float(alpha)
 
 
+class Owner(Protocol):
+    """What a handle is attached to."""
+
+    def remove(self, handle: Handle) -> None:
+        """Take the handle's steering off."""
+
+
 class Handle:
     """One steering on one model. A context manager; `remove()` takes it off."""
 
-    def __init__(self, registry: Registry, steering: Steering, alpha: float, decode_withheld: bool) -> None:
-        self._registry: Registry | None = registry
+    def __init__(self, registry: Owner, steering: Steering, alpha: float, decode_withheld: bool) -> None:
+        self._registry: Owner | None = registry
         self._steering = steering
         self._alpha = alpha
         self.decode_withheld = decode_withheld
@@ -140,7 +162,7 @@ class Handle:
     @property
     def withheld(self) -> list[Suppressed]:
         """The last 1000 windows that this handle withheld outside of `collecting`, oldest first; without
-        times from openai-whisper, with times from transformers."""
+        times from openai-whisper, with times from the others."""
         return list(self._records)
 
     def remove(self) -> None:
@@ -172,21 +194,28 @@ class Handle:
         return self._by_device[device]
 
 
+def _is_faster(model: Any) -> bool:
+    """Is it a model or pipeline of faster-whisper? Imports nothing."""
+    module = sys.modules.get("faster_whisper")
+    return module is not None and isinstance(model, (module.WhisperModel, module.BatchedInferencePipeline))
+
+
 def _resolve_openai(model: Whisper, steering: Steering | str | Path | None) -> Steering:
-    resolved = _resolve(model, steering)
+    resolved = resolve_steering(model, steering)
     resolved.check(model)
     return resolved
 
 
 def _resolve_transformers(model: Any, steering: Steering | str | Path | None) -> Steering:
     view = OpenAIView(model)
-    resolved = _resolve(view, steering)
+    resolved = resolve_steering(view, steering)
     # bfloat16 and the like round the weights, so their hash proves nothing: shape and name must do
     resolved.check(view, strict=view.exact)
     return resolved
 
 
-def _resolve(model: Any, steering: Steering | str | Path | None) -> Steering:
+def resolve_steering(model: Any, steering: Steering | str | Path | None) -> Steering:
+    """A Steering from a Steering, a file or a name; None: the one kept for the model, or MismatchError."""
     if isinstance(steering, Steering):
         return steering
     from . import zoo

@@ -1,0 +1,345 @@
+"""A ctranslate2.models.Whisper that is steered: same methods, edits in its encoder, withheld windows empty.
+
+CTranslate2 cannot be hooked. What is done instead depends on the steerings at work:
+- none (alpha 0): everything is passed on, bit for bit;
+- constant shifts alone: another model.bin, patched in memory (ct2_file.py), takes the place of the first;
+- anything that looks at frames: the encoder runs in PyTorch, from the same weights (ct2_encoder.py), and
+  CTranslate2 decodes its output.
+
+Since all paths of faster-whisper, and of programs built on it, go through these methods, they all are
+steered.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ctranslate2
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ct2_encoder import load_encoder, run_encoder
+from .ct2_file import MODEL_FILE, added_bytes, ffn_bias_name
+from .edits import Shift
+from .errors import ModelError
+from .registry import Step, steered, verdicts_of
+from .withholding import Suppressed
+
+if TYPE_CHECKING:
+    from whisper.model import AudioEncoder
+
+    from .attach import Handle
+
+# files beside model.bin that faster-whisper reads, not CTranslate2
+_NOT_CTRANSLATE2 = ("tokenizer.json", "preprocessor_config.json")
+
+Verdict = tuple[Step, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Ct2Source:
+    """Where a model came from. path: its folder; with `files`, only its name. files: name -> contents, if it
+    was loaded from memory. options: how it was loaded (device, compute_type, inter_threads, ...)."""
+
+    path: str
+    files: dict[str, bytes] | None
+    options: dict[str, Any]
+
+    @property
+    def model_bin(self) -> Path | bytes:
+        return Path(self.path) / MODEL_FILE if self.files is None else self.files[MODEL_FILE]
+
+    def load(self, additions: dict[str, np.ndarray]) -> ctranslate2.models.Whisper:
+        """A model with vectors added to variables of its file, made in memory; none: the plain one."""
+        if not additions:
+            return ctranslate2.models.Whisper(self.path, files=self.files, **self.options)
+        files = self.files
+        if files is None:
+            folder = Path(self.path)
+            beside = [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
+            files = {path.name: path.read_bytes() for path in beside if path.name not in _NOT_CTRANSLATE2}
+        files = {**files, MODEL_FILE: added_bytes(self.model_bin, additions)}
+        return ctranslate2.models.Whisper(self.path, files=files, **self.options)
+
+
+@dataclass(eq=False)
+class Withheld:
+    """A window whose words were withheld; start and end are filled in by who knows them."""
+
+    handle: Handle
+    record: Suppressed
+
+    def place(self, start: float, end: float) -> None:
+        self.record = replace(self.record, start=start, end=end)
+
+
+@dataclass(eq=False)
+class Run:
+    """What was withheld during a part of a transcription, by whom it is watched."""
+
+    withheld: list[Withheld] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        token = _run.set(self)
+        try:
+            yield
+        finally:
+            _run.reset(token)
+
+    def take(self) -> list[Withheld]:
+        taken, self.withheld = self.withheld, []
+        return taken
+
+
+_run: ContextVar[Run | None] = ContextVar("whisper_steer_ct2_run", default=None)
+
+
+class NoTokens(list[int]):
+    """The tokens of a withheld window: none. `withheld` says which window it was."""
+
+    withheld: Withheld
+
+
+@dataclass(frozen=True)
+class NoWords:
+    """What `generate` returns for a withheld window; the fields of WhisperGenerationResult. Its scores make
+    no runtime try again at a higher temperature or skip the window by another rule."""
+
+    sequences: list[list[str]]
+    sequences_ids: list[list[int]]
+    scores: list[float] = field(default_factory=lambda: [0.0])
+    logits: list[Any] = field(default_factory=list)
+    no_speech_prob: float = 0.0
+
+
+class _Later:
+    """A result of `generate(asynchronous=True)`, finished by `result()`."""
+
+    def __init__(self, waiting: Any, finish: Callable[[Any], Any]) -> None:
+        self._waiting, self._finish = waiting, finish
+
+    def done(self) -> bool:
+        return self._waiting is None or self._waiting.done()
+
+    def result(self) -> Any:
+        return self._finish(None if self._waiting is None else self._waiting.result())
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """An output of our encoder: features (batch, frames, d_model), and per window who withholds it."""
+
+    features: Tensor
+    verdicts: list[Verdict]
+
+
+class SteeredWhisper:
+    """Stands in for a ctranslate2.models.Whisper; attributes that are not here are those of the model.
+
+    plain: the model that is replaced. to_text: token ids -> text, for the records of withheld words.
+    keep_plain: it belongs to somebody else and stays in memory, too. Several threads may call it at once.
+    """
+
+    def __init__(
+        self,
+        plain: ctranslate2.models.Whisper,
+        source: Ct2Source,
+        to_text: Callable[[list[int]], str],
+        keep_plain: bool = False,
+    ) -> None:
+        self.source = source
+        self.handles: tuple[Handle, ...] = ()  # replaced, never changed: other threads walk through it
+        self.plain = plain if keep_plain else None
+        self._to_text = to_text
+        self._lock = threading.RLock()
+        self._active: tuple[tuple[Any, ...], ctranslate2.models.Whisper] = ((), plain)
+        self._encoder: AudioEncoder | None = None
+        self._encoded: weakref.WeakKeyDictionary[Any, _Encoded] = weakref.WeakKeyDictionary()
+
+    def add(self, handle: Handle) -> None:
+        with self._lock:
+            self.handles = (*self.handles, handle)
+
+    def remove(self, handle: Handle) -> None:
+        with self._lock:
+            self.handles = tuple(h for h in self.handles if h is not handle)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_active" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._active[1], name)
+
+    # ---------- the methods of ctranslate2.models.Whisper
+
+    def encode(self, features: ctranslate2.StorageView, to_cpu: bool = False) -> ctranslate2.StorageView:
+        """Mel features (batch, n_mels, frames) -> (batch, frames // 2, d_model), steered."""
+        steps = self._steps()
+        if all(_is_constant(step) for step in steps):
+            return self._model(steps).encode(features, to_cpu=to_cpu)
+        encoder, device = self._torch_encoder()
+        mel = torch.as_tensor(np.asarray(features) if features.device == "cpu" else features)
+        weight = encoder.conv1.weight
+        steps = tuple(replace(step, steering=step.handle.on(device)) for step in steps)
+
+        def after_block(layer: int, x: Tensor) -> Tensor:
+            edited = steered(steps, layer, x)
+            return x if edited is None else edited
+
+        output = run_encoder(encoder, mel.to(weight.device, weight.dtype), after_block)
+        if to_cpu:
+            output = output.cpu()
+        view, kept = _storage(output)
+        self._encoded[view] = _Encoded(kept, verdicts_of(steps))
+        return view
+
+    def generate(
+        self, features: ctranslate2.StorageView, prompts: Sequence[Any], **options: Any
+    ) -> list[Any]:
+        """As CTranslate2's; a withheld window has no tokens, and is recorded.
+
+        Its words are decoded all the same if its handle asks for it (`decode_withheld`).
+        """
+        features = self._encoded_features(features)
+        model = self._model()
+        encoded = self._encoded.get(features)
+        if encoded is None or not any(encoded.verdicts):
+            return model.generate(features, prompts, **options)
+        verdicts = encoded.verdicts
+        rows = [i for i, v in enumerate(verdicts) if v is None or v[0].handle.decode_withheld]
+        decoded: dict[int, Any] = {}
+        if rows:
+            kept = _storage(encoded.features[rows]) if len(rows) < len(verdicts) else (features, None)
+            results = model.generate(kept[0], [prompts[row] for row in rows], **options)
+            decoded = dict(zip(rows, results, strict=True))
+        return [
+            decoded[row] if verdict is None else self._withhold(verdict, decoded.get(row), options)
+            for row, verdict in enumerate(verdicts)
+        ]
+
+    def align(self, features: ctranslate2.StorageView, *args: Any, **options: Any) -> list[Any]:
+        """As CTranslate2's, of the steered encoder output."""
+        return self._model().align(self._encoded_features(features), *args, **options)
+
+    def detect_language(self, features: ctranslate2.StorageView) -> list[Any]:
+        """As CTranslate2's, of the steered encoder output."""
+        return self._model().detect_language(self._encoded_features(features))
+
+    # ---------- what is behind them
+
+    def _steps(self) -> tuple[Step, ...]:
+        alphas = [(handle, handle.alpha) for handle in self.handles]
+        return tuple(Step(handle, alpha, handle.steering) for handle, alpha in alphas if alpha > 0)
+
+    def _model(self, steps: tuple[Step, ...] | None = None) -> ctranslate2.models.Whisper:
+        """The model to use. steps (constant ones, or none): that which has them in its weights; without this
+        argument the one at hand, since all decode alike."""
+        if steps is None:
+            return self._active[1]
+        key = tuple((step.steering, step.alpha) for step in steps)
+        with self._lock:
+            if not _same(self._active[0], key):
+                own = self.plain if not key else None
+                self._active = (key, own or self.source.load(_additions(steps)))
+            return self._active[1]
+
+    def _encoded_features(self, features: ctranslate2.StorageView) -> ctranslate2.StorageView:
+        """Mel features are encoded here, since CTranslate2 would do it unsteered."""
+        is_mel = features not in self._encoded and list(features.shape)[1] == self._model().n_mels
+        return self.encode(features) if is_mel and self.handles else features
+
+    def _torch_encoder(self) -> tuple[AudioEncoder, torch.device]:
+        """The encoder, made once, on CTranslate2's device if this PyTorch can use it."""
+        with self._lock:
+            if self._encoder is None:
+                model = self._active[1]
+                encoder = load_encoder(self.source.model_bin)
+                if model.device == "cuda" and torch.cuda.is_available():
+                    dtype = _dtype(str(model.compute_type))
+                    encoder = encoder.to(torch.device("cuda", model.device_index[0]), dtype)
+                self._encoder = encoder
+            return self._encoder, self._encoder.conv1.weight.device
+
+    def _withhold(self, verdict: tuple[Step, float], decoded: Any, options: dict[str, Any]) -> Any:
+        step, score = verdict
+        run = _run.get()  # now: an asynchronous result may be asked for elsewhere
+        hypotheses = options.get("num_hypotheses", 1)
+
+        def finish(result: Any) -> NoWords:
+            withheld = Withheld(step.handle, self._record(result, score, options))
+            tokens = NoTokens()
+            tokens.withheld = withheld
+            if run is None:
+                step.handle.record(withheld.record)
+            else:
+                run.withheld.append(withheld)
+            return NoWords([[]] * hypotheses, [tokens] * hypotheses, [0.0] * hypotheses)
+
+        return _Later(decoded, finish) if options.get("asynchronous") else finish(decoded)
+
+    def _record(self, result: Any, score: float, options: dict[str, Any]) -> Suppressed:
+        if result is None:
+            return Suppressed(None, None, None, score, None, None)
+        tokens = result.sequences_ids[0]
+        average = None
+        if options.get("return_scores") and result.scores:
+            # CTranslate2 divides the sum by length ** penalty; Whisper's average counts the end token, too
+            average = result.scores[0] * len(tokens) ** options.get("length_penalty", 1) / (len(tokens) + 1)
+        no_speech = result.no_speech_prob if options.get("return_no_speech_prob") else None
+        return Suppressed(None, None, self._to_text(tokens), score, no_speech, average)
+
+
+def _is_constant(step: Step) -> bool:
+    steering = step.steering
+    return steering.gate is None and all(isinstance(edit, Shift) for edit in steering.edits)
+
+
+def _additions(steps: tuple[Step, ...]) -> dict[str, np.ndarray]:
+    """Variable -> what is added to it, summed over all shifts of a layer."""
+    additions: dict[str, np.ndarray] = {}
+    for step in steps:
+        for edit in step.steering.edits:
+            if isinstance(edit, Shift):
+                name, vector = ffn_bias_name(edit.layer), edit.delta(edit.direction, step.alpha)
+                additions[name] = additions.get(name, np.float32(0)) + vector.cpu().numpy()
+    return additions
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(x[0] is y[0] and x[1] == y[1] for x, y in zip(a, b, strict=True))
+
+
+def _dtype(compute_type: str) -> torch.dtype:
+    """CTranslate2's type of activations on a GPU."""
+    if compute_type.endswith("bfloat16"):
+        return torch.bfloat16
+    return torch.float16 if compute_type.endswith("float16") else torch.float32
+
+
+def _storage(tensor: Tensor) -> tuple[ctranslate2.StorageView, Tensor]:
+    """(a view of the tensor for CTranslate2, the tensor that must live as long as it)."""
+    if tensor.dtype == torch.bfloat16:  # not known to the array interfaces
+        tensor = tensor.float()
+    tensor = tensor.contiguous()
+    if tensor.device.type == "cpu":
+        return ctranslate2.StorageView.from_array(tensor.numpy()), tensor
+    torch.cuda.current_stream(tensor.device).synchronize()  # CTranslate2 reads on a stream of its own
+    return ctranslate2.StorageView.from_array(tensor), tensor
+
+
+def read_files(files: dict[str, Any]) -> dict[str, bytes]:
+    """faster-whisper's `files` (bytes or file-like objects) as bytes, so that they can be read again.
+
+    Raises ModelError without a model.bin."""
+    contents = {name: value if isinstance(value, bytes) else value.read() for name, value in files.items()}
+    if MODEL_FILE not in contents:
+        raise ModelError(f"files has no {MODEL_FILE}: expected the contents of a CTranslate2 model's folder")
+    return contents

@@ -1,0 +1,350 @@
+"""faster-whisper, steered: the same two classes with the same methods and parameters.
+
+    from whisper_steer.faster import WhisperModel, BatchedInferencePipeline
+
+    model = WhisperModel("small.en", alpha=1.0)          # else as faster_whisper.WhisperModel
+    segments, info = model.transcribe("meeting.mp3", vad_filter=True, word_timestamps=True)
+    model.alpha = 0.7                                    # live
+    model.withheld                                       # windows in which nobody spoke, with their words
+
+How the encoder is edited: ct2_steering.py. Windows in which a gate finds nobody speaking give no segment, in
+sequence and in batches. `whisper_steer.steer` does the same to a faster_whisper.WhisperModel or pipeline that
+exists already.
+
+What is relied upon in faster-whisper (1.1 on): a model's `model` is the CTranslate2 model; windows are cut
+into segments by `_split_segments_by_timestamps(tokens=, time_offset=, segment_duration=, ...)`; times are put
+back after voice detection by setting `start` and `end` of what `generate_segments` and
+`_batched_segments_generator` yield.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import faster_whisper
+from faster_whisper.utils import download_model
+
+from .attach import Handle, check_alpha, resolve_steering
+from .ct2_encoder import Ct2View
+from .ct2_search import find_folder
+from .ct2_steering import Ct2Source, NoTokens, Run, SteeredWhisper, Withheld, read_files
+from .errors import UsageError
+from .steering import Steering
+from .withholding import Suppressed, active_collector
+
+__all__ = ["BatchedInferencePipeline", "WhisperModel", "steer_existing"]
+
+# is the call inside a `transcribe` of ours, which takes the withheld windows out again?
+_asked: ContextVar[bool] = ContextVar("whisper_steer_faster", default=False)
+
+
+@dataclass
+class _Silent:
+    """Stands for a withheld window among the segments, so that its times are treated as theirs are."""
+
+    start: float
+    end: float
+    withheld: Withheld
+    words: None = None
+
+
+class _Passing:
+    """A method that looks like the one it stands for, also to code that reads `__code__` or the signature."""
+
+    def __init__(self, function: Callable[..., Any], original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.__code__ = original.__code__
+        self._function = function
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+def _transcribing(original: Callable[..., Any]) -> Any:
+    """`transcribe` of a model or pipeline, less the withheld windows, which are recorded."""
+
+    def transcribe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _asked.set(True)
+        try:
+            segments, info = original(self, *args, **kwargs)
+        finally:
+            _asked.reset(token)
+        return _spoken(segments, self), info
+
+    return _Passing(transcribe, original)
+
+
+def _spoken(segments: Iterator[Any], owner: Any) -> Iterator[Any]:
+    for segment in segments:
+        if isinstance(segment, _Silent):
+            segment.withheld.place(segment.start, segment.end)
+            _note(segment.withheld, getattr(owner, "model", owner), owner)
+        else:
+            yield segment
+
+
+def _note(withheld: Withheld, *owners: Any) -> None:
+    collector = next((found for owner in owners if (found := active_collector(owner)) is not None), None)
+    if collector is not None:
+        collector.records.append(withheld.record)
+    else:
+        withheld.handle.record(withheld.record)
+
+
+def _watched(segments: Iterator[Any]) -> Iterator[Any]:
+    """The same segments, each after the windows that were withheld before it."""
+    run = Run()
+    while True:
+        with run.watching():
+            segment = next(segments, None)
+        for withheld in run.take():
+            start, end = withheld.record.start, withheld.record.end
+            if start is None or end is None:  # never cut into segments: its place is not known
+                withheld.handle.record(withheld.record)
+            else:
+                yield _Silent(start, end, withheld)
+        if segment is None:
+            return
+        yield segment
+
+
+class WhisperModel(faster_whisper.WhisperModel):
+    """faster_whisper.WhisperModel, steered. Takes its parameters, and:
+
+    alpha: 0 = plain faster-whisper, bit for bit; 1 = the calibrated strength; `model.alpha = ...` changes it
+    from the next window on. steering: a Steering, a file, or a name; None = the one kept for the model (not
+    looked for at alpha 0). decode_withheld: decode withheld windows too, to learn which words were withheld.
+
+    Raises what faster-whisper raises, and UsageError, MismatchError, FormatError as `whisper_steer.steer`.
+    """
+
+    model: Any  # a SteeredWhisper
+    _own: Handle | None = None
+    _steering: Steering | str | Path | None = None
+    _decode_withheld = True
+    _name = ""
+
+    def __init__(
+        self,
+        *args: Any,
+        alpha: float = 1.0,
+        steering: Steering | str | Path | None = None,
+        decode_withheld: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        alpha = check_alpha(alpha)
+        bound = inspect.signature(faster_whisper.WhisperModel.__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        name = os.fspath(given["model_size_or_path"])
+        files = read_files(given["files"]) if given.get("files") else None
+        if files is None:
+            given["model_size_or_path"] = name if os.path.isdir(name) else _download(name, given)
+        else:
+            given["files"] = dict(files)  # faster-whisper takes out what is its own
+        super().__init__(*bound.args[1:], **bound.kwargs)
+        options = {
+            "device": given["device"],
+            "device_index": given["device_index"],
+            "compute_type": given["compute_type"],
+            "intra_threads": given["cpu_threads"],
+            "inter_threads": given["num_workers"],
+            **given.get("model_kwargs", {}),
+        }
+        source = Ct2Source(os.fspath(given["model_size_or_path"]), files, options)
+        self.model = SteeredWhisper(self.model, source, _to_text(self))
+        self._name, self._steering, self._decode_withheld = name, steering, decode_withheld
+        if alpha > 0 or steering is not None:
+            self._attach(alpha)
+
+    def _attach(self, alpha: float) -> None:
+        resolved = _resolve(self.model.source, self._name, self._steering)
+        self._own = Handle(self.model, resolved, alpha, self._decode_withheld)
+        self.model.add(self._own)
+
+    def _handle(self) -> Handle | None:
+        return self._own or next(iter(handles_of(self)), None)
+
+    @property
+    def alpha(self) -> float:
+        """Fraction of the calibrated strength; a new value holds from the next window on. Setting raises
+        UsageError (not a finite number >= 0), MismatchError (no steering is kept for the model)."""
+        handle = self._handle()
+        return 0.0 if handle is None else handle.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        value = check_alpha(value)
+        handle = self._handle()
+        if handle is not None:
+            handle.alpha = value
+        elif value > 0:
+            self._attach(value)
+
+    @property
+    def steering(self) -> Steering | None:
+        """What the model is steered with; None while none was needed."""
+        handle = self._handle()
+        return None if handle is None else handle.steering
+
+    @property
+    def withheld(self) -> list[Suppressed]:
+        """The last 1000 windows that were withheld, oldest first. They are noted while the segments are
+        walked through, with times in seconds."""
+        handle = self._handle()
+        return [] if handle is None else handle.withheld
+
+    transcribe = _transcribing(faster_whisper.WhisperModel.transcribe)
+
+    def generate_segments(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As faster-whisper's; called by `transcribe`."""
+        segments = iter(super().generate_segments(*args, **kwargs))
+        return _watched(segments) if _asked.get() else segments
+
+    def _split_segments_by_timestamps(self, *args: Any, **kwargs: Any) -> Any:
+        segments, seek, single = super()._split_segments_by_timestamps(*args, **kwargs)
+        tokens = kwargs.get("tokens")
+        if not isinstance(tokens, NoTokens):
+            return segments, seek, single
+        start = kwargs["time_offset"]
+        tokens.withheld.place(start, start + kwargs["segment_duration"])
+        return [], seek, single
+
+    def add_word_timestamps(self, segments: list[list[dict[str, Any]]], *args: Any, **kwargs: Any) -> Any:
+        """As faster-whisper's, which takes it that every window has a segment: a withheld one has none."""
+        filled = [window or [{"seek": 0, "start": 0.0, "end": 0.0, "tokens": []}] for window in segments]
+        return super().add_word_timestamps(filled, *args, **kwargs)
+
+
+class BatchedInferencePipeline(faster_whisper.BatchedInferencePipeline):
+    """faster_whisper.BatchedInferencePipeline; steered as its model is. Withheld windows give no segment."""
+
+    @property
+    def alpha(self) -> float:
+        """That of the model."""
+        return float(self.model.alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.model.alpha = value
+
+    @property
+    def withheld(self) -> list[Suppressed]:
+        """That of the model."""
+        return list(self.model.withheld)
+
+    transcribe = _transcribing(faster_whisper.BatchedInferencePipeline.transcribe)
+
+    def _batched_segments_generator(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        segments = iter(super()._batched_segments_generator(*args, **kwargs))
+        return _watched(segments) if _asked.get() else segments
+
+
+# ---------- models that exist already
+
+
+class _Dressed(SteeredWhisper):
+    """In the place of a foreign model's CTranslate2 model, until its last handle is removed."""
+
+    def __init__(self, whisper: faster_whisper.WhisperModel, source: Ct2Source) -> None:
+        super().__init__(whisper.model, source, _to_text(whisper), keep_plain=True)
+        self._wearers: list[tuple[weakref.ref[Any], type, type]] = []
+        self._whisper = weakref.ref(whisper)
+        whisper.model = self
+        self.dress(whisper, faster_whisper.WhisperModel, WhisperModel)
+
+    def dress(self, wearer: Any, plain: type, steered: type) -> None:
+        """Give an object our class; one of a class derived from faster-whisper's keeps its own."""
+        if type(wearer) is plain:
+            wearer.__class__ = steered
+            self._wearers.append((weakref.ref(wearer), plain, steered))
+
+    def remove(self, handle: Handle) -> None:
+        super().remove(handle)
+        whisper = self._whisper()
+        if self.handles or whisper is None or whisper.model is not self:
+            return
+        whisper.model = self.plain
+        for reference, plain, steered in self._wearers:
+            wearer = reference()
+            if type(wearer) is steered:
+                wearer.__class__ = plain
+
+
+def handles_of(model: Any) -> tuple[Handle, ...]:
+    """The handles of a model or pipeline, empty if it is not steered."""
+    whisper = model.model if isinstance(model, faster_whisper.BatchedInferencePipeline) else model
+    return whisper.model.handles if isinstance(whisper.model, SteeredWhisper) else ()
+
+
+def steer_existing(
+    model: Any,
+    alpha: float,
+    steering: Steering | str | Path | None,
+    decode_withheld: bool,
+    files: str | Path | None,
+) -> Handle:
+    """`attach.steer` for a faster-whisper model or pipeline. files: the folder that it was loaded from.
+
+    Raises ModelError (no folder given, and none found in the Hugging Face cache), MismatchError (the folder
+    or the steering is of another model), UsageError, FormatError.
+    """
+    pipeline = model if isinstance(model, faster_whisper.BatchedInferencePipeline) else None
+    whisper = model if pipeline is None else pipeline.model
+    if isinstance(whisper.model, SteeredWhisper):
+        if files is not None:
+            raise UsageError("files is for a model that is not steered yet: this one's are known")
+        source = whisper.model.source
+    else:
+        ct2 = whisper.model
+        options = {
+            "device": ct2.device,
+            "device_index": ct2.device_index,
+            "compute_type": ct2.compute_type,
+            "inter_threads": ct2.num_workers,
+            "tensor_parallel": ct2.tensor_parallel,
+        }
+        source = Ct2Source(str(find_folder(ct2, files)), None, options)
+    resolved = _resolve(source, getattr(whisper, "_name", "") or source.path, steering)
+    steered = whisper.model if isinstance(whisper.model, SteeredWhisper) else _Dressed(whisper, source)
+    if pipeline is not None and isinstance(steered, _Dressed):
+        steered.dress(pipeline, faster_whisper.BatchedInferencePipeline, BatchedInferencePipeline)
+    handle = Handle(steered, resolved, alpha, decode_withheld)
+    steered.add(handle)
+    return handle
+
+
+def _resolve(source: Ct2Source, name: str, steering: Steering | str | Path | None) -> Steering:
+    model_bin = source.model_bin
+    view = Ct2View(model_bin, name)
+    resolved = resolve_steering(view, steering)
+    if view.comparable:
+        resolved.check(view, strict=view.exact)
+    else:  # quantised weights have another hash: the shape must do
+        replace(resolved, metadata={**resolved.metadata, "encoder_sha256": None}).check(view)
+    return resolved
+
+
+def _to_text(whisper: faster_whisper.WhisperModel) -> Callable[[list[int]], str]:
+    tokenizer = whisper.hf_tokenizer
+    end = tokenizer.token_to_id("<|endoftext|>")
+    return lambda tokens: tokenizer.decode([token for token in tokens if token < end]).strip()
+
+
+def _download(name: str, given: dict[str, Any]) -> str:
+    """The folder of a model given by size or hub id, fetched as faster-whisper does."""
+    known = inspect.signature(download_model).parameters
+    wanted = {"cache_dir": given.get("download_root"), **given}
+    return str(download_model(name, **{key: wanted[key] for key in known if key in wanted}))
