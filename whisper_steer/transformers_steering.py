@@ -84,10 +84,13 @@ def short_name(name_or_path: str) -> str:
 @dataclass
 class _Call:
     """One call of `generate`. frames: per audio, mel frames that hold sound, None if unknown. whole: its
-    result must hold every window's scores, so every window is decoded."""
+    result must hold every window's scores, so every window is decoded. prompted: words come before the first
+    window. spoken: numbers of the audios that have had words so far."""
 
     frames: list[int] | None
     whole: bool
+    prompted: bool
+    spoken: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -166,7 +169,8 @@ class TransformersRegistry(Registry):
             given.get(name) or getattr(config, name, None)
             for name in ("return_dict_in_generate", "force_unique_generate_call")
         )
-        outer, self._local.call = getattr(self._local, "call", None), _Call(_sounding_frames(given), whole)
+        outer = getattr(self._local, "call", None)
+        self._local.call = _Call(_sounding_frames(given), whole, given.get("prompt_ids") is not None)
         try:
             return original(*args, **kwargs)
         finally:
@@ -181,14 +185,15 @@ class TransformersRegistry(Registry):
         arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         with self._passing(steps), self._watching(arguments["cur_bsz"]) as windows:
             sparing = any(step.steering.gate and not step.handle.decode_withheld for step in steps)
-            call = getattr(self._local, "call", None)
-            if sparing and arguments["segment_input"] is not None and not (call is not None and call.whole):
+            if sparing and arguments["segment_input"] is not None and not self._call().whole:
                 result = self._decode_needed(original, arguments, windows)
             else:
                 result = original(**arguments)
-        if not any(windows.verdicts):
-            return result
-        return self._withheld(result, arguments, windows)
+        if any(windows.verdicts):
+            result = self._withheld(result, arguments, windows)
+        rows = enumerate(arguments["batch_idx_map"])
+        self._call().spoken.update(audio for row, audio in rows if windows.verdict(row) is None)
+        return result
 
     def _need_fallback(self, *args: Any, **kwargs: Any) -> Any:
         """As before, but never for a withheld window: there is nothing to get right."""
@@ -246,8 +251,8 @@ class TransformersRegistry(Registry):
 
     def _withheld(self, result: tuple[Any, ...], arguments: dict[str, Any], windows: _Windows) -> Any:
         """What `generate_with_fallback` returned, without the words of withheld windows, now recorded."""
-        sequences, outputs, skip = list(result[0]), list(result[1]), list(result[2])
-        prompt_length = arguments["decoder_input_ids"].shape[-1]
+        sequences, outputs, skip, conditions = map(list, result[:4])
+        call, prompt_length = self._call(), arguments["decoder_input_ids"].shape[-1]
         for row in range(windows.count):
             verdict = windows.verdict(row)
             if verdict is None:
@@ -269,18 +274,20 @@ class TransformersRegistry(Registry):
             sequences[row] = sequences[row][:0]
             outputs[row] = _silenced(outputs[row], prompt_length, arguments["generation_config"])
             skip[row] = False  # an empty segment; without one, transformers' batches and word times fail
-        return (sequences, outputs, skip, *result[3:])
+            # the next window is not told of "previous words" where there are none
+            spoke = call.prompted or arguments["batch_idx_map"][row] in call.spoken
+            conditions[row] = conditions[row] and spoke
+        return (sequences, outputs, skip, conditions, *result[4:])
 
     def _times(self, arguments: dict[str, Any], row: int) -> tuple[float, float]:
         """Seconds in the audio: start and end of the window of this row."""
         audio = int(arguments["batch_idx_map"][row])
         start = int(arguments["seek"][audio]) * FRAME_SECONDS
         end = start + WINDOW_SECONDS
-        call = getattr(self._local, "call", None)
-        repeats = 1
-        if call is not None and call.frames:
-            repeats = max(1, len(arguments["seek"]) // len(call.frames))  # num_return_sequences
-            end = min(end, call.frames[audio // repeats] * FRAME_SECONDS)
+        frames, repeats = self._call().frames, 1
+        if frames:
+            repeats = max(1, len(arguments["seek"]) // len(frames))  # num_return_sequences
+            end = min(end, frames[audio // repeats] * FRAME_SECONDS)
         offsets = getattr(self._local, "offsets", None)
         offset = offsets[audio // repeats] if offsets and audio // repeats < len(offsets) else 0.0
         return offset + start, offset + max(start, end)
@@ -294,6 +301,10 @@ class TransformersRegistry(Registry):
         return str((own or self._tokenizer).decode([token for token in tokens.tolist() if token < end]))
 
     # ---------- state of this thread
+
+    def _call(self) -> _Call:
+        call: _Call | None = getattr(self._local, "call", None)
+        return call or _Call(None, whole=False, prompted=True)
 
     def _windows(self) -> _Windows | None:
         return getattr(self._local, "windows", None)

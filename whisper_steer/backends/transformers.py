@@ -191,8 +191,6 @@ class TransformersBackend:
                 attention_mask=features["attention_mask"].to(model.device),
                 return_timestamps=True,
                 return_segments=True,
-                return_dict_in_generate=True,
-                output_scores=True,
                 return_token_timestamps=words or None,
                 **arguments,
             )
@@ -249,15 +247,20 @@ def _noting(model: Any) -> Iterator[_Notes]:
     def judging(*args: Any, **kwargs: Any) -> Any:
         answer = judge(*args, **kwargs)
         sequence, outputs, index, processors, _, _, temperature = args
-        scores = outputs[index]["scores"]
-        logprob = float(model._retrieve_avg_logprobs(scores, sequence, temperature))
+        output = outputs[index]  # a tensor where no threshold needs the scores
+        scores = output.get("scores") if isinstance(output, Mapping) else None
+        logprob = (
+            float("nan")
+            if scores is None
+            else float(model._retrieve_avg_logprobs(scores, sequence, temperature))
+        )
         found = [p.no_speech_prob for p in processors or () if hasattr(p, "no_speech_prob")]
-        notes.windows[id(outputs[index])] = {
+        notes.windows[id(output)] = {
             "temperature": float(temperature),
             "avg_logprob": logprob,
             "no_speech_prob": float(found[0][index]) if found and index < len(found[0]) else float("nan"),
             "seek": notes.seek,
-            "output": outputs[index],  # kept alive, so that its id stays its own
+            "output": output,  # kept alive, so that its id stays its own
         }
         return answer
 
@@ -362,7 +365,8 @@ def _language(segments: list[dict[str, Any]], model: Any) -> str | None:
     """The language token in the first window's prompt; None for an English-only model."""
     names = {token: name for name, token in (getattr(model.generation_config, "lang_to_id", {})).items()}
     for segment in segments[:1]:
-        for token in segment["result"]["sequences"].tolist():
+        output = segment["result"]
+        for token in (output["sequences"] if isinstance(output, Mapping) else output).tolist():
             if token in names:
                 return str(names[token]).strip("<|>")
     return None
