@@ -27,7 +27,7 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 INDEX_SUFFIX = ".index.json"
 
-_MODULES = {  # inside one block: transformers -> openai
+MODULES = {  # inside one block: transformers -> openai
     "self_attn.q_proj": "attn.query",
     "self_attn.k_proj": "attn.key",
     "self_attn.v_proj": "attn.value",
@@ -42,7 +42,7 @@ _MODULES = {  # inside one block: transformers -> openai
     "fc2": "mlp.2",
     "final_layer_norm": "mlp_ln",
 }
-_OUTSIDE_BLOCKS = {
+OUTSIDE_BLOCKS = {
     "encoder.embed_positions.weight": "encoder.positional_embedding",
     "encoder.layer_norm.weight": "encoder.ln_post.weight",
     "encoder.layer_norm.bias": "encoder.ln_post.bias",
@@ -76,8 +76,8 @@ def openai_name(name: str) -> str | None:
     proj_out (the output projection) is one: openai-whisper uses the token embedding itself.
     """
     name = name.removeprefix("model.")
-    if name in _OUTSIDE_BLOCKS:
-        return _OUTSIDE_BLOCKS[name]
+    if name in OUTSIDE_BLOCKS:
+        return OUTSIDE_BLOCKS[name]
     part, _, rest = name.partition(".")
     if part not in ("encoder", "decoder"):
         return None
@@ -87,9 +87,9 @@ def openai_name(name: str) -> str | None:
         return None
     number, _, inside = rest.removeprefix("layers.").partition(".")
     module, _, kind = inside.rpartition(".")
-    if not number.isdigit() or module not in _MODULES:
+    if not number.isdigit() or module not in MODULES:
         return None
-    return f"{part}.blocks.{number}.{_MODULES[module]}.{kind}"
+    return f"{part}.blocks.{number}.{MODULES[module]}.{kind}"
 
 
 def to_openai(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

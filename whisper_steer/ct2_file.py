@@ -18,18 +18,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from .errors import FormatError, UsageError
+from .errors import FormatError
+from .floats import BFLOAT16, added, from_bytes, storage
 from .splices import Splice, patched_bytes
 
 MODEL_FILE = "model.bin"
 WHISPER_SPEC = "WhisperSpec"
 VERSIONS = (4, 5, 6)  # binary versions with this layout
-BFLOAT16 = "bfloat16"
-# numpy has no bfloat16: its bits are read as u16
 _TYPES = {0: "float32", 1: "int8", 2: "int16", 3: "int32", 4: "float16", 5: BFLOAT16}
 _QUANTISED = ("int8", "int16")
 _SCALE = "_scale"
@@ -122,7 +121,7 @@ def addition_splices(source: BinaryIO, additions: Mapping[str, np.ndarray], name
     for key, addition in additions.items():
         stored = layout.variable(key)
         old = _raw(source, stored)
-        new = _encode(_add(_decode(old, stored), stored, key, addition), stored, key)
+        new = added(old, stored.dtype, stored.shape, addition, key)
         if key in layout.aliases:
             del aliases[key]
             new_records.append(_record(key, stored, new))
@@ -207,7 +206,7 @@ def _variable(file: BinaryIO, name: str) -> Variable:
     dtype = _TYPES.get(number)
     if dtype is None:
         raise FormatError(f"{name}: variable {key} has the unknown type {number}")
-    if nbytes != int(np.prod(shape, dtype=np.int64)) * _storage(dtype).itemsize:
+    if nbytes != int(np.prod(shape, dtype=np.int64)) * storage(dtype).itemsize:
         raise FormatError(f"{name}: variable {key} of shape {shape}, {dtype}, has {nbytes} bytes")
     return Variable(key, shape, dtype, file.tell(), nbytes)
 
@@ -234,54 +233,22 @@ def _record(name: str, like: Variable, data: bytes) -> bytes:
 
 def _values(file: BinaryIO, layout: Ct2Layout, name: str) -> np.ndarray:
     stored = layout.variable(name)
-    values = _decode(_raw(file, stored), stored)
+    values = _values_of(file, stored)
     scale_name = name + _SCALE if name + _SCALE in layout.names else stored.name + _SCALE
     if stored.dtype not in _QUANTISED or scale_name not in layout.names:
         return values  # small integers without a scale are settings, such as the activation function
-    scale_variable = layout.variable(scale_name)
-    scale = _decode(_raw(file, scale_variable), scale_variable)
+    scale = _values_of(file, layout.variable(scale_name))
     rows = scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))  # per row, or one number
     return values.astype(np.float32) / rows
+
+
+def _values_of(file: BinaryIO, variable: Variable) -> np.ndarray:
+    return from_bytes(_raw(file, variable), variable.dtype, variable.shape)
 
 
 def _raw(file: BinaryIO, variable: Variable) -> bytes:
     file.seek(variable.offset)
     return file.read(variable.nbytes)
-
-
-def _decode(data: bytes, variable: Variable) -> np.ndarray:
-    """Floats as float32, integers as they are; a writable array."""
-    values = np.frombuffer(data, _storage(variable.dtype)).reshape(variable.shape)
-    if variable.dtype == BFLOAT16:  # the upper half of a float32
-        return (values.astype("<u4") << 16).view("<f4")
-    return values.astype(np.float32) if variable.dtype.startswith("float") else values.copy()
-
-
-def _add(values: np.ndarray, variable: Variable, name: str, addition: np.ndarray) -> np.ndarray:
-    if variable.dtype not in ("float32", "float16", BFLOAT16):
-        raise UsageError(f"{name} is {variable.dtype}: only a floating-point variable can be added to")
-    added = np.asarray(addition, np.float32)
-    if added.shape != variable.shape:
-        raise UsageError(f"{name} has shape {variable.shape}, what is added has {added.shape}")
-    return values + added
-
-
-def _encode(values: np.ndarray, variable: Variable, name: str) -> bytes:
-    if variable.dtype == BFLOAT16:
-        bits = values.astype("<f4").view("<u4")
-        # round to nearest, ties to even: half of the last kept bit, minus one if that bit is 0
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-        encoded, seen = rounded, (rounded.astype("<u4") << 16).view("<f4")
-    else:
-        with np.errstate(over="ignore"):
-            encoded = seen = values.astype(_storage(variable.dtype))
-    if not bool(np.isfinite(seen).all()):
-        raise UsageError(f"{name} would leave the range of {variable.dtype}: choose a smaller alpha")
-    return encoded.tobytes()
-
-
-def _storage(dtype: str) -> np.dtype[Any]:
-    return np.dtype("uint16" if dtype == BFLOAT16 else dtype).newbyteorder("<")
 
 
 def _unpack(file: BinaryIO, kind: str) -> int:

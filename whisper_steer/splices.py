@@ -124,14 +124,5 @@ def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
             temporary.unlink()
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _ordered(splices: Sequence[Splice]) -> list[Splice]:
     return sorted(splices, key=lambda splice: splice.offset)

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import WhisperSteerError
 from .compare import compare
+from .convert import convert
 from .inspect import inspect
 from .models import models
 from .output import print_error
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(transcribe)
 app.command()(compare)
+app.command()(convert)
 app.command()(models)
 app.command()(inspect)
 app.add_typer(saes, name="saes")

@@ -1,0 +1,379 @@
+"""Baking: a Shift becomes part of a model's weights, so that any runtime is steered without a plugin.
+
+    bake("mini.en", alpha=1.0, format="ct2", steering="my-shift.safetensors")   # -> mini.en-ct2-baked/
+    unbake("mini.en-ct2-baked")                                                 # the original bytes
+
+Only what is constant over frames can be baked: Shifts. Gates and latent edits depend on the audio;
+calibration.shift_fit approximates them by a Shift. Beside what was baked lies a record (JSON): what was
+added, and the bytes that restore the original.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bake_files import fitting, format_of, splices_of
+from .convert import FORMATS, check_dtype, convert, default_path, refuse_existing, write_new
+from .errors import FormatError, UsageError
+from .splices import Splice, inverse, patch_file, write_atomically
+from .zoo import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from whisper.model import Whisper
+
+    from .steering import Steering
+
+logger = logging.getLogger("whisper_steer")
+
+RECORD_FILE = "whisper_steer_baked.json"  # in a folder
+RECORD_SUFFIX = ".baked.json"  # beside a file
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What `bake` wrote. path: file or folder; record: its metadata file; layers: encoder blocks changed
+    (0-based); patched: names of the files whose bytes changed; verified: the steering was found to be for
+    exactly this encoder (False: only width and depth could be compared)."""
+
+    path: Path
+    record: Path
+    format: str
+    alpha: float
+    steering: str
+    layers: tuple[int, ...]
+    patched: tuple[str, ...]
+    verified: bool
+
+
+def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
+    """What a steering adds to each layer's output, (d_model,) float32 by layer, if that is the same for every
+    frame. Raises UsageError if it is not: there is a gate, or an edit other than a Shift."""
+    import torch
+
+    from .steering import Shift
+
+    name = steering.metadata.get("name") or "this steering"
+    found = ["a gate"] if steering.gate is not None else []
+    found += ["a latent edit"] if any(not isinstance(edit, Shift) for edit in steering.edits) else []
+    if found:
+        raise UsageError(
+            f"{name} has {' and '.join(found)}, which depends on the audio and cannot be baked: attach it "
+            "with whisper_steer.steer, or bake the best Shift in its place (bake --approximate FOLDER)"
+        )
+    total: dict[int, torch.Tensor] = {}
+    for edit in steering.edits:
+        delta = edit.delta(torch.zeros(1), alpha)
+        total[edit.layer] = total.get(edit.layer, 0) + delta
+    return {layer: vector.numpy() for layer, vector in total.items()}
+
+
+def bake(
+    model: str | Path | Whisper = DEFAULT_MODEL,
+    *,
+    alpha: float = 1.0,
+    format: str | None = None,
+    out: str | Path | None = None,
+    steering: Steering | str | Path | None = None,
+    dtype: str | None = None,
+    again: bool = False,
+    download_root: str | Path | None = None,
+) -> Baked:
+    """Write a model with `alpha` times a Shift in its weights.
+
+    model: a file or folder of one of the four formats (.pt; transformers folder; CTranslate2 folder; ggml
+    file), which is patched: read as a stream, the other files of a folder hard-linked or copied. Else
+    anything that load_model takes, converted to `format` first. format None: that of the file. dtype: for the
+    conversion, see convert.DTYPES. steering None: the one kept for the model. again: bake more into what is
+    baked already. out: must not exist yet; None: named after the model, in the current folder.
+
+    Raises UsageError (nothing that can be baked, baked already, `out` exists, ...), MismatchError (steering
+    of another model), ModelError, FormatError.
+    """
+    from .attach import check_alpha
+
+    alpha = check_alpha(alpha)
+    if format is not None:
+        check_dtype(format, dtype)
+    source = Path(model).expanduser() if isinstance(model, (str, Path)) else None
+    own = format_of(source) if source is not None and source.exists() else None
+    if source is None or own is None or format not in (None, own):
+        return _bake_converted(model, alpha, format, out, steering, dtype, download_root)
+    if dtype is not None:
+        raise UsageError(f"{source} is patched as it is and keeps its types: leave --dtype out")
+    records = _records(source)
+    if records and not again:
+        raise UsageError(
+            f"{source} is baked already (alpha {records[-1]['alpha']:g} of {records[-1]['steering']}): "
+            "unbake it first, or pass --again to add more"
+        )
+    resolved = _resolve(steering, source)
+    additions = constant_shifts(resolved, alpha)
+    verified = _checked(resolved, source, own, records)
+    target = Path(out) if out is not None else Path(f"{source.resolve().stem}-baked{source.suffix}")
+    return _write(source, target, own, additions, resolved, alpha, verified, records)
+
+
+def unbake(path: str | Path, out: str | Path | None = None) -> Path:
+    """Restore the original bytes of what `bake` wrote; returns where.
+
+    out None: in place, and the record goes; else a new file or folder. Raises UsageError (there is no record,
+    or `out` exists), FormatError (the files are not those that were baked).
+    """
+    source = Path(path).expanduser()
+    records = _records(source)
+    if not records:
+        raise UsageError(
+            f"{source} has no record of baking ({_record_path(source).name}): it cannot be restored"
+        )
+    target = source if out is None else Path(out)
+    if out is not None:
+        refuse_existing(target)
+    restored: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".unbake.") as work:
+        for record in reversed(records):
+            for name, change in record["files"].items():
+                current = Path(work) / name if name in restored else _inside(source, name)
+                applied = patch_file(current, Path(work) / name, _splices(change["restore"]))
+                if applied.sha256_before != change["sha256_after"]:
+                    raise FormatError(f"{current} was changed after it was baked: it cannot be restored")
+                if applied.sha256_after != change["sha256_before"]:
+                    raise FormatError(f"{_record_path(source)} is damaged: the original would not come back")
+                restored[name] = True
+        _put_back(source, target, Path(work), list(restored))
+    return target
+
+
+def _put_back(source: Path, target: Path, work: Path, names: Sequence[str]) -> None:
+    """Move the restored files from `work` to where they belong."""
+    if target == source:
+        for name in names:
+            os.replace(work / name, _inside(source, name))
+        _record_path(source).unlink()
+    elif source.is_dir():
+        write_new(target, lambda folder: _copy_folder(source, folder, {name: work / name for name in names}))
+    else:
+        write_new(target, lambda file: os.replace(work / names[0], file))
+
+
+def _bake_converted(
+    model: str | Path | Whisper,
+    alpha: float,
+    format: str | None,
+    out: str | Path | None,
+    steering: Steering | str | Path | None,
+    dtype: str | None,
+    download_root: str | Path | None,
+) -> Baked:
+    """Load, check, convert to a temporary place, and patch that."""
+    from .zoo import load_model
+
+    if format is None:
+        raise UsageError(
+            f"format is missing: expected one of {', '.join(FORMATS)}, as {model} has none of them"
+        )
+    loaded = model
+    if isinstance(model, (str, Path)):
+        loaded = load_model(model, device="cpu", download_root=download_root)
+    resolved = _resolve(steering, loaded)
+    additions = constant_shifts(resolved, alpha)
+    resolved.check(loaded)
+    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name", None) or "model")
+    plain = default_path(name, format)
+    suffix = plain.suffix if format in ("openai", "ggml") else ""
+    target = Path(out) if out is not None else Path(f"{plain.name.removesuffix(suffix)}-baked{suffix}")
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bake.") as work:
+        converted = convert(loaded, format, Path(work) / target.name, dtype=dtype)  # type: ignore[arg-type]
+        return _write(converted, target, format, additions, resolved, alpha, True, [])
+
+
+def _write(
+    source: Path,
+    target: Path,
+    format: str,
+    additions: Mapping[int, np.ndarray],
+    steering: Steering,
+    alpha: float,
+    verified: bool,
+    records: Sequence[dict[str, Any]],
+) -> Baked:
+    name = str(steering.metadata.get("name") or "shift")
+    fitting(source, format, steering.d_model, tuple(additions), name)
+    refuse_existing(target)
+    changes = splices_of(source, format, additions)
+    patched = tuple(sorted(changes))
+    record: dict[str, Any] = {
+        "alpha": alpha,
+        "steering": name,
+        "base_model": steering.metadata.get("base_model"),
+        "encoder_sha256": steering.metadata.get("encoder_sha256"),
+        "format": format,
+        "layers": sorted(additions),
+        "norms": {str(layer): float((vector**2).sum() ** 0.5) for layer, vector in additions.items()},
+        "verified": verified,
+        "files": {},
+    }
+
+    def patch(file: str, into: Path) -> None:
+        applied = patch_file(_inside(source, file), into, changes[file])
+        if records:
+            before = records[-1]["files"].get(file, {}).get("sha256_after", applied.sha256_before)
+            if before != applied.sha256_before:
+                raise FormatError(
+                    f"{source} was changed after it was baked: its record does not hold any more"
+                )
+        record["files"][file if source.is_dir() else target.name] = {
+            "sha256_before": applied.sha256_before,
+            "sha256_after": applied.sha256_after,
+            "restore": [_packed(splice) for splice in inverse(changes[file])],
+        }
+
+    def write_folder(folder: Path) -> None:
+        folder.mkdir()
+        for file in patched:
+            patch(file, folder / file)
+        _copy_folder(source, folder, {}, skip=patched)
+        _write_record(folder / RECORD_FILE, [*records, record])
+
+    def write_file(file: Path) -> None:
+        patch(patched[0], file)
+        # first the record: a record without its file harms nobody, a baked file without one looks plain
+        _write_record(
+            target.with_name(target.name + RECORD_SUFFIX), [*_renamed(records, target.name), record]
+        )
+
+    write_new(target, write_folder if source.is_dir() else write_file)
+    where = _record_path(target)
+    return Baked(target, where, format, alpha, name, tuple(sorted(additions)), patched, verified)
+
+
+def _copy_folder(source: Path, folder: Path, replaced: Mapping[str, Path], skip: Sequence[str] = ()) -> None:
+    """Hard links (copies where that is not possible) of all files; `replaced` are moved in; no record."""
+    folder.mkdir(exist_ok=True)
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if not file.is_file() or str(name) in (*skip, RECORD_FILE):
+            continue
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if str(name) in replaced:
+            os.replace(replaced[str(name)], place)
+            continue
+        try:
+            os.link(file.resolve(), place)
+        except OSError:
+            shutil.copy2(file, place)
+
+
+def _inside(source: Path, name: str) -> Path:
+    """A file of a folder; the file itself otherwise."""
+    if Path(name).name != name:
+        raise FormatError(f"{name!r} in the record of {source} is not a plain file name")
+    return source / name if source.is_dir() else source
+
+
+# ---------- the record
+
+
+def _record_path(path: Path) -> Path:
+    return path / RECORD_FILE if path.is_dir() else path.with_name(path.name + RECORD_SUFFIX)
+
+
+def _write_record(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    from .fileformat import package_version
+
+    whole = {
+        "kind": "baked",
+        "record_version": RECORD_VERSION,
+        "package_version": package_version(),
+        "baked": list(records),
+    }
+    write_atomically(path, [json.dumps(whole, indent=1).encode() + b"\n"])
+
+
+def _records(source: Path) -> list[dict[str, Any]]:
+    """What was baked into a file or folder, first to last; empty if nothing was."""
+    path = _record_path(source)
+    if not path.is_file():
+        return []
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["record_version"] > RECORD_VERSION:
+            raise FormatError(f"{path} was written by a newer whisper-steer: upgrade whisper-steer")
+        records = list(whole["baked"])
+        for record in records:
+            for change in record["files"].values():
+                _splices(change["restore"])
+                str(change["sha256_before"] + change["sha256_after"])
+            float(record["alpha"]), str(record["steering"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not a readable record of baking ({error})") from error
+    return records
+
+
+def _renamed(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Records of a single file under its new name."""
+    return [{**record, "files": {name: next(iter(record["files"].values()))}} for record in records]
+
+
+def _packed(splice: Splice) -> dict[str, Any]:
+    old, new = (base64.b64encode(data).decode() for data in (splice.old, splice.new))
+    return {"offset": splice.offset, "old": old, "new": new}
+
+
+def _splices(items: Sequence[Mapping[str, Any]]) -> list[Splice]:
+    return [
+        Splice(int(item["offset"]), base64.b64decode(item["old"]), base64.b64decode(item["new"]))
+        for item in items
+    ]
+
+
+# ---------- whose steering it is
+
+
+def _resolve(steering: Steering | str | Path | None, model: Any) -> Steering:
+    from . import zoo
+    from .steering import Steering
+
+    if isinstance(steering, Steering):
+        return steering
+    if steering is not None:
+        return zoo.load_steering(steering, getattr(model, "name", None))
+    if isinstance(model, Path):
+        raise UsageError(
+            f"steering is missing: {model} carries no name to look one up by, pass --steering FILE"
+        )
+    return zoo.steering_for(model)
+
+
+def _checked(steering: Steering, source: Path, format: str, records: Sequence[dict[str, Any]]) -> bool:
+    """True if the encoder in `source` is the steering's; False where it was rounded and cannot be told.
+
+    Raises MismatchError if it is another one.
+    """
+    own = steering.metadata.get("encoder_sha256")
+    if own is None:
+        return False
+    if records:  # the weights have moved; what was recorded before still tells
+        return bool(records[0].get("encoder_sha256") == own and records[0].get("verified"))
+    if format in ("openai", "transformers"):
+        from .loading import load_path
+
+        steering.check(load_path(source)[0])
+        return True
+    logger.warning(
+        "%s is rounded for its runtime: that it is the model of the steering is not checked", source
+    )
+    return False
