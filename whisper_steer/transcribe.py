@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from whisper.utils import compression_ratio
 
 from .audio import SAMPLING_RATE, check_audio, load_audio
-from .backends import Progress, make_backend
+from .backends import Progress, backend_for, make_backend
 from .withholding import Suppressed
 from .zoo import DEFAULT_MODEL
 
@@ -101,12 +101,12 @@ class Transcript:
 
 def transcribe(
     audio: str | Path | Any,
-    model: str | Path | Whisper = DEFAULT_MODEL,
+    model: str | Path | Whisper | Any = DEFAULT_MODEL,
     *,
     alpha: float | None = None,
     steering: Steering | str | Path | None = None,
     device: str | torch.device | None = None,
-    backend: str = "openai",
+    backend: str | None = None,
     download_root: str | Path | None = None,
     progress: Progress | None = None,
     **whisper_options: Any,
@@ -116,14 +116,21 @@ def transcribe(
     model: what load_model takes, or a loaded model (much cheaper for many files). alpha: 0 plain Whisper .. 1
     calibrated strength; None is 1, or what a model that is steered already has. steering: a Steering, a file
     or a name; None is the one kept for the model. Both must be left out if the model is steered already.
+    backend: "openai", "faster" or "transformers"; None: what suits the model (faster for CTranslate2's).
     device, download_root: see load_model. progress: called with (seconds done, seconds in all).
-    whisper_options: those of whisper.transcribe (language, beam_size, temperature, word_timestamps, ...).
+    whisper_options: those of whisper.transcribe (language, beam_size, temperature, word_timestamps, ...); for
+    faster those of its own WhisperModel.transcribe, too.
 
     Raises AudioError, UsageError, MismatchError (no steering for this model), ModelError, FormatError.
     Safe to call from several threads, also with one model: calls on the same model take turns.
     """
     runtime = make_backend(
-        backend, model, alpha=alpha, steering=steering, device=device, download_root=download_root
+        backend or backend_for(model)[0],
+        model,
+        alpha=alpha,
+        steering=steering,
+        device=device,
+        download_root=download_root,
     )
     samples = load_audio(audio) if isinstance(audio, (str, Path)) else check_audio(audio)
     try:

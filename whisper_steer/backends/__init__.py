@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 Progress = Callable[[float, float], None]
 """Called with (seconds of audio done, seconds in all) while a backend works."""
 
-BACKENDS = ("openai",)
+BACKENDS = ("openai", "faster", "transformers")
 
 
 class Backend(Protocol):
@@ -47,12 +49,54 @@ def make_backend(
     steering: Steering | str | Path | None = None,
     device: Any = None,
     download_root: str | Path | None = None,
+    threads: int = 0,
 ) -> Backend:
-    """The backend of this name. Raises UsageError for an unknown one."""
+    """The backend of this name. Raises UsageError for an unknown one.
+
+    threads: CPU threads of a model that faster-whisper loads, 0: its choice; the other backends use torch's.
+    """
+    given: dict[str, Any] = {
+        "alpha": alpha,
+        "steering": steering,
+        "device": device,
+        "download_root": download_root,
+    }
     if name == "openai":
         from .openai import OpenAIBackend
 
-        return OpenAIBackend(
-            model, alpha=alpha, steering=steering, device=device, download_root=download_root
-        )
+        return OpenAIBackend(model, **given)
+    if name == "faster":
+        from .faster import FasterBackend
+
+        return FasterBackend(model, **given, cpu_threads=threads)
+    if name == "transformers":
+        from .transformers import TransformersBackend
+
+        return TransformersBackend(model, **given)
     raise UsageError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def backend_for(model: Any) -> tuple[str, str]:
+    """(the backend that suits a model best, why, in words for a person).
+
+    faster for CTranslate2 models: a folder with model.bin, a hub id with "faster-whisper" in it, a loaded
+    one; transformers for its loaded models; else openai.
+    """
+    kind = type(model).__module__.partition(".")[0]
+    if kind == "faster_whisper" or isinstance(model, _class("whisper_steer.faster", "WhisperModel")):
+        return "faster", "the model is faster-whisper's"
+    if kind == "transformers":
+        return "transformers", "the model is transformers'"
+    if isinstance(model, (str, Path)):
+        is_ct2 = (Path(model).expanduser() / "model.bin").is_file()
+        if is_ct2 or ("/" in str(model) and "faster-whisper" in str(model)):
+            if find_spec("faster_whisper") is not None:
+                return "faster", "the model is in CTranslate2's format"
+            return "openai", "faster-whisper is not installed"
+    return "openai", "the model is not in CTranslate2's format"
+
+
+def _class(module: str, name: str) -> type | tuple[()]:
+    """A class if its module is imported already, else one that nothing is an instance of."""
+    found = sys.modules.get(module)
+    return () if found is None else getattr(found, name)

@@ -14,8 +14,6 @@ from .output import print_error, print_json, print_transcript, transcript_record
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from whisper.model import Whisper
-
     from ..transcribe import Transcript
 
 logger = logging.getLogger("whisper_steer")
@@ -40,7 +38,9 @@ def run(args: dict[str, Any], writes: bool) -> int:
         return failures
     code = language(args.pop("language"))
     as_json, timestamps, keep = args.pop("as_json"), args.pop("verbose"), args.pop("keep_suppressed")
-    model = _load(args)
+    backend, reason = _backend(args)
+    model = _load(args, backend)
+    print(f"backend: {backend} ({reason})", file=sys.stderr)
 
     from whisper.utils import get_writer
 
@@ -51,6 +51,7 @@ def run(args: dict[str, Any], writes: bool) -> int:
     written: dict[str, Path] = {}
     whisper_options = {
         **known_options(args),
+        "backend": backend,
         "alpha": None if handles_of(model) else 0.0,  # None: as the model is steered
         "language": fitting_language(model, code, args["task"]),
         "temperature": fallback,
@@ -104,10 +105,22 @@ def _find(given: list[str]) -> tuple[list[Path], int]:
     return list(files), failures
 
 
-def _load(args: dict[str, Any]) -> Whisper:
-    """The model, steered unless alpha is 0; takes the options that are about it out of `args`."""
+def _backend(args: dict[str, Any]) -> tuple[str, str]:
+    """(the backend's name, why it and no other)."""
+    from ..backends import BACKENDS, backend_for
+
+    given = args.pop("backend")
+    if given is not None and given not in BACKENDS:
+        raise UsageError(f"--backend {given}: expected one of {', '.join(BACKENDS)}")
+    return backend_for(args["model"]) if given is None else (given, "asked for")
+
+
+def _load(args: dict[str, Any], backend: str) -> Any:
+    """The backend's model, steered unless alpha is 0; takes the options that are about it out of `args`."""
     import torch
 
+    from ..attach import handles_of, steer
+    from ..backends import make_backend
     from ..zoo import load_model
 
     threads = args.pop("threads")
@@ -116,6 +129,20 @@ def _load(args: dict[str, Any]) -> Whisper:
             raise UsageError(f"--threads {threads}: expected 0 (torch decides) or more")
         torch.set_num_threads(threads)
     alpha, steering = args.pop("alpha"), args.pop("steering")
+    if backend != "openai":
+        runtime = make_backend(
+            backend,
+            args.pop("model"),
+            alpha=alpha,
+            steering=steering,
+            device=args.pop("device"),
+            download_root=args.pop("model_dir"),
+            threads=threads or 0,
+        )
+        model = runtime.load()
+        if alpha > 0 and not handles_of(model):
+            steer(model, alpha=alpha, steering=steering)
+        return model
     return load_model(
         args.pop("model"),
         alpha=None if alpha == 0 and steering is None else alpha,

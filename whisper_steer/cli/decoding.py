@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UsageError
-
-if TYPE_CHECKING:
-    from whisper.model import Whisper
 
 logger = logging.getLogger("whisper_steer")
 
@@ -57,11 +54,21 @@ def language(given: str | None) -> str | None:
     return TO_LANGUAGE_CODE.get(name, name)
 
 
-def fitting_language(model: Whisper, language: str | None, task: str) -> str | None:
-    if model.is_multilingual:
+def fitting_language(model: Any, language: str | None, task: str) -> str | None:
+    """The language to ask a loaded model of any backend for."""
+    if _is_multilingual(model):
         return language
     if language not in (None, "en"):
         logger.warning("the model is English-only: --language %s is ignored", language)
     if task == "translate":
         logger.warning("the model is English-only: --task translate is ignored")
     return "en"
+
+
+def _is_multilingual(model: Any) -> bool:
+    """Some models say so themselves, faster-whisper's in its CTranslate2 model."""
+    for place in (model, getattr(model, "model", None), getattr(model, "generation_config", None)):
+        found = getattr(place, "is_multilingual", None)
+        if isinstance(found, bool):
+            return found
+    return True

@@ -12,11 +12,19 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Name (see: whisper-steer models), .pt file, transformers folder or hub id.",
+        help="Name (see: whisper-steer models), .pt file, transformers or CTranslate2 folder, or hub id.",
     ),
 ]
 ModelDir = Annotated[
     str | None, typer.Option("--model-dir", help="Where models are kept; ~/.cache/whisper by default.")
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="openai, faster or transformers; by default faster for a CTranslate2 model, else openai.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cuda if there is one, else cpu.")]
 Alpha = Annotated[

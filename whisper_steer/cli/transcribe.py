@@ -17,6 +17,7 @@ def transcribe(
     model: options.Model = "mini.en",
     alpha: options.Alpha = 1.0,
     steering: options.Steering = None,
+    backend: options.Backend = None,
     device: options.Device = None,
     keep_suppressed: Annotated[
         bool,
