@@ -117,7 +117,7 @@ def bake(
             f"{source} is baked already (alpha {records[-1]['alpha']:g} of {records[-1]['steering']}): "
             "unbake it first, or pass --again to add more"
         )
-    resolved = _resolve(steering, source)
+    resolved = _resolve(steering, _readable(source, own) if steering is None else source)
     additions = constant_shifts(resolved, alpha)
     verified = _checked(resolved, source, own, records)
     target = Path(out) if out is not None else Path(f"{source.resolve().stem}-baked{source.suffix}")
@@ -351,11 +351,18 @@ def _resolve(steering: Steering | str | Path | None, model: Any) -> Steering:
         return steering
     if steering is not None:
         return zoo.load_steering(steering, getattr(model, "name", None))
-    if isinstance(model, Path):
-        raise UsageError(
-            f"steering is missing: {model} carries no name to look one up by, pass --steering FILE"
-        )
     return zoo.steering_for(model)
+
+
+def _readable(source: Path, format: str) -> Whisper:
+    """The model in a file whose weights tell which one it is."""
+    from .loading import load_path
+
+    if format not in ("openai", "transformers"):
+        raise UsageError(
+            f"steering is missing: {source} does not tell which model it is, pass --steering FILE"
+        )
+    return load_path(source)[0]
 
 
 def _checked(steering: Steering, source: Path, format: str, records: Sequence[dict[str, Any]]) -> bool:
@@ -369,9 +376,7 @@ def _checked(steering: Steering, source: Path, format: str, records: Sequence[di
     if records:  # the weights have moved; what was recorded before still tells
         return bool(records[0].get("encoder_sha256") == own and records[0].get("verified"))
     if format in ("openai", "transformers"):
-        from .loading import load_path
-
-        steering.check(load_path(source)[0])
+        steering.check(_readable(source, format))
         return True
     logger.warning(
         "%s is rounded for its runtime: that it is the model of the steering is not checked", source

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import WhisperSteerError
+from .bake import bake, unbake
 from .compare import compare
 from .convert import convert
 from .inspect import inspect
@@ -36,6 +37,8 @@ app = typer.Typer(
 app.command()(transcribe)
 app.command()(compare)
 app.command()(convert)
+app.command()(bake)
+app.command()(unbake)
 app.command()(models)
 app.command()(inspect)
 app.add_typer(saes, name="saes")

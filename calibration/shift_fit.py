@@ -1,0 +1,243 @@
+"""The best Shift in the place of a gated or latent steering, and what it loses.
+
+A gate or a latent edit depends on the audio, so it cannot be folded into weights; a Shift can
+(whisper_steer.bake). The vector v that minimises the mean of |d_t - v|^2 over frames, d_t being what the
+steering adds to frame t of non-speech audio, is the mean of the d_t. Its strength is then chosen among
+multiples of that on the recordings themselves: the fewest non-speech clips with words, among those whose WER
+on speech stays within the budget. Windows that a gate would have withheld are beyond a Shift: the measured
+rates say what is left.
+
+    whisper-steer bake --model small.en --format ct2 --approximate recordings/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from whisper.audio import N_FRAMES, log_mel_spectrogram, pad_or_trim
+from whisper.model import Whisper
+
+from calibration.decoding import ClipTranscript, transcribe_clips
+from calibration.evaluate import NonSpeechMetrics, SpeechMetrics, nonspeech_metrics, speech_metrics
+from whisper_steer.attach import steer
+from whisper_steer.errors import UsageError
+from whisper_steer.fileformat import model_metadata
+from whisper_steer.steering import Shift, Steering
+
+MULTIPLES = (0.5, 1.0, 2.0)
+WER_BUDGET = 0.01  # absolute, against the plain model on the same clips
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates of one setting. multiple: of the least-squares vector (0: plain model; None: the steering that is
+    approximated)."""
+
+    multiple: float | None
+    speech: SpeechMetrics
+    nonspeech: NonSpeechMetrics
+
+
+@dataclass(frozen=True)
+class ShiftFit:
+    """steering: the Shift (strength 1 is the chosen multiple). explained: share of the energy of the
+    steering's own change, on non-speech frames, that the least-squares vector accounts for, by layer (1 = it
+    is constant). rows: what was measured; chosen: the multiple that became the steering."""
+
+    steering: Steering
+    explained: dict[int, float]
+    rows: tuple[Measured, ...]
+    chosen: float
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "explained": {str(layer): share for layer, share in self.explained.items()},
+            "chosen": self.chosen,
+            "rows": [
+                {"multiple": row.multiple, "speech": row.speech.row(), "nonspeech": row.nonspeech.row()}
+                for row in self.rows
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        shares = ", ".join(f"layer {layer}: {share:.0%}" for layer, share in self.explained.items())
+        lines = [f"least-squares Shift; explains of the steering's own change {shares}"]
+        lines.append(f"{'':<12}{'text-FPR':>9}{'nsp-FPR':>9}{'HR':>7}{'WER':>8}{'empty':>7}")
+        for row in self.rows:
+            names = {None: "steering", 0.0: "plain"}
+            name = names.get(row.multiple, f"shift x {row.multiple or 0:g}")
+            mark = "  <- baked" if row.multiple == self.chosen else ""
+            quiet, speech = row.nonspeech, row.speech
+            lines.append(
+                f"{name:<12}{quiet.text_fpr.value:>9.1%}{quiet.nsp_fpr.value:>9.1%}{quiet.hr.value:>7.1%}"
+                f"{speech.wer.value:>8.1%}{speech.empty_speech.value:>7.1%}{mark}"
+            )
+        return lines
+
+
+@torch.no_grad()
+def least_squares_shifts(
+    model: Whisper, steering: Steering, alpha: float, clips: Sequence[np.ndarray]
+) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """(vector by layer, explained share by layer) of what `steering` at `alpha` adds on `clips`.
+
+    Clips: mono float32 at 16 kHz; the first 30 s of each count, padding as Whisper pads it. Later layers are
+    seen as the earlier edits leave them.
+    """
+    layers = sorted({edit.layer for edit in steering.edits})
+    sums = {layer: torch.zeros(steering.d_model, dtype=torch.float64) for layer in layers}
+    energy, frames = dict.fromkeys(layers, 0.0), 0
+    local = steering.to(model.device)
+    gates: list[Tensor | None] = [None]
+
+    def hook_of(layer: int) -> Any:
+        def hook(module: Any, args: Any, x: Tensor) -> Tensor:
+            if local.gate is not None and local.gate.layer == layer:
+                gates[0] = local.gate.frame_gate(local.gate.frame_logits(x))
+            if layer not in sums:
+                return x
+            edited = local.edit(x, layer, alpha, gates[0])
+            change = (edited.double() - x.double())[0].cpu()
+            sums[layer] += change.sum(0)
+            energy[layer] += float((change**2).sum())
+            return edited
+
+        return hook
+
+    hooks = [model.encoder.blocks[layer].register_forward_hook(hook_of(layer)) for layer in steering.layers]
+    try:
+        for clip in clips:
+            mel = log_mel_spectrogram(pad_or_trim(np.asarray(clip, np.float32)), model.dims.n_mels)
+            frames += model.encoder(mel[None, :, :N_FRAMES].to(model.device)).shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = {layer: (total / frames) for layer, total in sums.items()}
+    explained = {
+        layer: float(frames * (mean**2).sum() / energy[layer]) if energy[layer] else 1.0
+        for layer, mean in means.items()
+    }
+    return {layer: mean.float() for layer, mean in means.items()}, explained
+
+
+def fit_shift(
+    model: Whisper,
+    steering: Steering,
+    speech: Sequence[np.ndarray],
+    nonspeech: Sequence[np.ndarray],
+    *,
+    references: Sequence[str] | None = None,
+    alpha: float = 1.0,
+    multiples: Sequence[float] = MULTIPLES,
+    wer_budget: float = WER_BUDGET,
+) -> ShiftFit:
+    """Fit a Shift to `steering` at `alpha`, choose its strength, and measure all of it on these clips.
+
+    Clips: mono float32 at 16 kHz. references: what is said in the speech clips; None: what the plain model
+    hears. alpha is folded in: bake the result at alpha 1 for the steering at `alpha`.
+    Raises UsageError: no clips of one kind, or a steering without edits (a gate alone adds nothing).
+    """
+    if not speech or not nonspeech:
+        raise UsageError(f"{len(speech)} speech and {len(nonspeech)} non-speech clips: expected some of each")
+    if not steering.edits:
+        raise UsageError("the steering only withholds windows: there is no change of features to approximate")
+    steering.check(model)
+    vectors, explained = least_squares_shifts(model, steering, alpha, nonspeech)
+    heard = transcribe_clips(model, speech)
+    truth = list(references) if references is not None else [clip.text for clip in heard]
+    rows = [_measured(0.0, truth, heard, transcribe_clips(model, nonspeech))]
+    with steer(model, alpha=alpha, steering=steering):
+        rows.append(
+            _measured(None, truth, transcribe_clips(model, speech), transcribe_clips(model, nonspeech))
+        )
+    for multiple in multiples:
+        with steer(model, alpha=1.0, steering=_shift(vectors, multiple, {})):
+            rows.append(
+                _measured(
+                    multiple, truth, transcribe_clips(model, speech), transcribe_clips(model, nonspeech)
+                )
+            )
+    allowed = rows[0].speech.wer.value + wer_budget
+    within = [row for row in rows if row.multiple and row.speech.wer.value <= allowed]
+    # none within the budget: the gentlest
+    best = min(within, key=_remaining) if within else min(rows[2:], key=lambda row: row.multiple or 0)
+    chosen = float(best.multiple or 0)
+    name = f"{steering.metadata.get('name') or 'steering'}-shift" + (
+        "" if alpha == 1 else f" (alpha {alpha:g})"
+    )
+    metadata = {**model_metadata(model), "name": name}
+    fit = ShiftFit(_shift(vectors, chosen, metadata), explained, tuple(rows), chosen)
+    metadata["recipe"] = {"approximates": steering.metadata.get("name"), "alpha": alpha}
+    metadata["rates"] = fit.record()
+    return ShiftFit(_shift(vectors, chosen, metadata), explained, fit.rows, chosen)
+
+
+def fit_from_folder(
+    model_name: str | Path,
+    steering: Steering | str | Path | None,
+    folder: str | Path,
+    *,
+    alpha: float = 1.0,
+    download_root: str | Path | None = None,
+) -> ShiftFit:
+    """`fit_shift` on the recordings in folder/speech (each with its transcript in a .txt file beside it, or
+    none of them) and folder/nonspeech, for a model and a steering by name.
+
+    Raises UsageError (folders missing or empty, some transcripts missing), and what loading raises.
+    """
+    from whisper_steer.audio import find_audio, load_audio
+    from whisper_steer.zoo import load_model, load_steering, steering_for
+
+    clips: dict[str, list[Path]] = {}
+    for kind in ("speech", "nonspeech"):
+        inside = Path(folder) / kind
+        if not inside.is_dir():
+            raise UsageError(f"{folder} has no folder {kind}: expected speech and nonspeech with recordings")
+        clips[kind] = [Path(path) for path in find_audio([inside])]
+    texts = [path.with_suffix(".txt") for path in clips["speech"]]
+    present = [path.is_file() for path in texts]
+    if any(present) and not all(present):
+        raise UsageError(f"{texts[present.index(False)]} is missing: transcribe all of the clips, or none")
+    model = load_model(model_name, device="cpu", download_root=download_root)
+    if steering is None:
+        chosen = steering_for(model)
+    else:
+        chosen = steering if isinstance(steering, Steering) else load_steering(steering, str(model_name))
+    return fit_shift(
+        model,
+        chosen,
+        [load_audio(path) for path in clips["speech"]],
+        [load_audio(path) for path in clips["nonspeech"]],
+        references=[path.read_text(encoding="utf-8") for path in texts] if all(present) else None,
+        alpha=alpha,
+    )
+
+
+def _shift(vectors: dict[int, Tensor], multiple: float, metadata: dict[str, Any]) -> Steering:
+    edits = tuple(Shift(layer, vector, multiple) for layer, vector in vectors.items())
+    return Steering(edits, metadata=metadata)
+
+
+def _remaining(row: Measured) -> tuple[float, float, float]:
+    return row.nonspeech.text_fpr.value, row.nonspeech.hr.value, row.nonspeech.nsp_fpr.value
+
+
+def _measured(
+    multiple: float | None,
+    references: Sequence[str],
+    speech: Sequence[ClipTranscript],
+    nonspeech: Sequence[ClipTranscript],
+) -> Measured:
+    return Measured(
+        multiple,
+        speech_metrics(references, [clip.text for clip in speech]),
+        nonspeech_metrics([clip.outcome() for clip in nonspeech]),
+    )

@@ -1,0 +1,81 @@
+"""The Shift in the place of another steering: exact where that is a Shift, measured where it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_whisper
+from tiny import audio, frame_gate, latents, outputs, says, shift
+from whisper.audio import log_mel_spectrogram, pad_or_trim
+
+from calibration.shift_fit import fit_from_folder, fit_shift, least_squares_shifts
+from whisper_steer.bake import constant_shifts
+from whisper_steer.errors import UsageError
+from whisper_steer.steering import Steering
+from whisper_steer.zoo import bundled_dir
+
+
+def test_a_shift_is_its_own_best_shift() -> None:
+    model = make_tiny_whisper()
+    steering = Steering((shift(1, 0.5), shift(2, 1.5, seed=9)))
+    vectors, explained = least_squares_shifts(model, steering, 0.8, [audio(1, 5), audio(2, 5)])
+    for layer, vector in constant_shifts(steering, 0.8).items():
+        assert np.allclose(vectors[layer].numpy(), vector, atol=1e-5)
+    assert explained == pytest.approx({1: 1.0, 2: 1.0}, abs=1e-5)
+
+
+def test_mean_of_a_gated_latent_edit() -> None:
+    """Against the mean written out by hand; the share by the definition of the residual."""
+    model = make_tiny_whisper()
+    steering = Steering((latents(2),), frame_gate(1))
+    clips = [audio(1, 5), audio(4, 30)]
+    vectors, explained = least_squares_shifts(model, steering, 1.0, clips)
+    changes = []
+    for clip in clips:
+        _, blocks = outputs(model, log_mel_spectrogram(pad_or_trim(clip))[None])
+        gate = steering.gate
+        assert gate is not None
+        changes.append(
+            steering.edit(blocks[2], 2, 1.0, gate.frame_gate(gate.frame_logits(blocks[1]))) - blocks[2]
+        )
+    pooled = torch.cat(changes, dim=1)[0]
+    assert torch.allclose(vectors[2], pooled.mean(0), atol=1e-5)
+    residual = ((pooled - pooled.mean(0)) ** 2).sum() / (pooled**2).sum()
+    assert explained[2] == pytest.approx(1 - float(residual), abs=1e-4)
+    assert 0 < explained[2] < 1
+    assert not any(model.encoder.blocks[layer]._forward_hooks for layer in range(4))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = make_tiny_whisper()
+    with pytest.raises(UsageError, match="0 speech and 1 non-speech clips"):
+        fit_shift(model, Steering((shift(),)), [], [audio(1, 1)])
+    with pytest.raises(UsageError, match="only withholds windows"):
+        fit_shift(model, Steering((), says(True)), [audio(1, 1)], [audio(2, 1)])
+    with pytest.raises(UsageError, match="has no folder speech"):
+        fit_from_folder("mini.en", None, tmp_path)
+
+
+def test_bundled_steering_on_the_demo(tmp_path: Path) -> None:
+    """What the gate does is lost, and the rates say so."""
+    demo = bundled_dir() / "mini.en" / "demo"
+    for kind, name in (("speech", "speech"), ("nonspeech", "noise")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{name}.flac").write_bytes((demo / f"{name}.flac").read_bytes())
+    fit = fit_from_folder("mini.en", None, tmp_path)
+    plain, steered = fit.rows[:2]
+    assert (plain.multiple, plain.nonspeech.text_fpr.value, plain.speech.wer.value) == (0.0, 1.0, 0.0)
+    assert (steered.multiple, steered.nonspeech.text_fpr.value, steered.speech.wer.value) == (None, 0.0, 0.0)
+    assert [row.multiple for row in fit.rows[2:]] == [0.5, 1.0, 2.0]
+    assert fit.explained[3] > 0.9
+    chosen = next(row for row in fit.rows if row.multiple == fit.chosen)
+    assert chosen.speech.wer.value <= 0.01
+    assert fit.steering.metadata["name"] == "default-shift"
+    assert constant_shifts(fit.steering, 1.0).keys() == {3}
+    assert json.loads(json.dumps(fit.record()))["chosen"] == fit.chosen
+    lines = fit.lines()
+    assert len(lines) == 7 and lines[2].startswith("plain") and sum("<- baked" in line for line in lines) == 1

@@ -1,0 +1,84 @@
+"""whisper-steer bake and unbake: a Shift in a model's weights, and out of them again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import options
+from .convert import Dtype, Out
+
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="openai (.pt), transformers, ct2 or ggml. By default that of the model's file or folder, which "
+        "is patched; a model of another format is converted first.",
+    ),
+]
+Again = Annotated[bool, typer.Option("--again", help="Bake more into what is baked already.")]
+Approximate = Annotated[
+    str | None,
+    typer.Option(
+        "--approximate",
+        metavar="FOLDER",
+        help="For a gated or latent steering: fit the best Shift in its place on the recordings in "
+        "FOLDER/speech (transcripts in .txt files beside them) and FOLDER/nonspeech, and bake that.",
+    ),
+]
+Path_ = Annotated[str, typer.Argument(metavar="PATH", help="File or folder that bake has written.")]
+
+
+def bake(
+    model: options.Model = "mini.en",
+    alpha: options.Alpha = 1.0,
+    format: Format = None,
+    out: Out = None,
+    steering: options.Steering = None,
+    dtype: Dtype = None,
+    again: Again = False,
+    approximate: Approximate = None,
+    as_json: options.Json = False,
+    model_dir: options.ModelDir = None,
+) -> None:
+    """Write a model with a Shift in its weights: steered in its own runtime, at no cost, without a plugin."""
+    from dataclasses import asdict
+
+    from ..bake import bake as bake_model
+    from .output import print_json
+
+    fit = None
+    if approximate is not None:
+        from calibration.shift_fit import fit_from_folder
+
+        fit = fit_from_folder(model, steering, approximate, alpha=alpha, download_root=model_dir)
+    done = bake_model(
+        model,
+        alpha=alpha if fit is None else 1.0,  # the fit is of the steering at alpha
+        format=format,
+        out=out,
+        steering=steering if fit is None else fit.steering,
+        dtype=dtype,
+        again=again,
+        download_root=model_dir,
+    )
+    if as_json:
+        record = {**asdict(done), "path": str(done.path), "record": str(done.record)}
+        print_json(record if fit is None else {**record, "fit": fit.record()})
+        return
+    if fit is not None:
+        for line in fit.lines():
+            print(line)
+    layers = ", ".join(map(str, done.layers))
+    print(
+        f"{done.path}  {done.format}, {done.steering} x {done.alpha:g} in layer {layers}, record {done.record}"
+    )
+
+
+def unbake(path: Path_, out: Out = None) -> None:
+    """Restore the original bytes of what bake has written; in place, or in --out."""
+    from ..bake import unbake as unbake_model
+
+    print(unbake_model(path, out))
