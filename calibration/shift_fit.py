@@ -170,9 +170,8 @@ def fit_shift(
     # none within the budget: the gentlest
     best = min(within, key=_remaining) if within else min(rows[2:], key=lambda row: row.multiple or 0)
     chosen = float(best.multiple or 0)
-    name = f"{steering.metadata.get('name') or 'steering'}-shift" + (
-        "" if alpha == 1 else f" (alpha {alpha:g})"
-    )
+    at = "" if alpha == 1 else f" (alpha {alpha:g})"
+    name = f"{steering.metadata.get('name') or 'steering'}-shift{at}"
     metadata = {**model_metadata(model), "name": name}
     fit = ShiftFit(_shift(vectors, chosen, metadata), explained, tuple(rows), chosen)
     metadata["recipe"] = {"approximates": steering.metadata.get("name"), "alpha": alpha}

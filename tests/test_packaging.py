@@ -32,7 +32,7 @@ PUBLIC_NAMES = {
     "__version__", "load_model", "load_steering", "load_sae", "models", "ModelEntry",
     "steer", "handles_of", "Handle", "Steering", "Shift", "LatentEdit", "Gate", "SparseAutoencoder",
     "transcribe", "Transcript", "Segment", "Word", "Suppressed", "compare", "Comparison",
-    "load_audio", "find_audio",
+    "load_audio", "find_audio", "bake", "unbake", "Baked", "convert",
     "WhisperSteerError", "UsageError", "AudioError", "ModelError", "FormatError", "MismatchError",
 }  # fmt: skip
 

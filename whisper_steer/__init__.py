@@ -23,7 +23,9 @@ from .errors import AudioError, FormatError, MismatchError, ModelError, UsageErr
 if TYPE_CHECKING:
     from .attach import Handle, handles_of, steer
     from .audio import find_audio, load_audio
+    from .bake import Baked, bake, unbake
     from .comparison import Comparison, compare
+    from .convert import convert
     from .sae import SparseAutoencoder
     from .steering import Gate, LatentEdit, Shift, Steering
     from .transcribe import Segment, Transcript, Word, transcribe
@@ -38,8 +40,12 @@ _HOMES = {
     "steer": "attach",
     "find_audio": "audio",
     "load_audio": "audio",
+    "Baked": "bake",
+    "bake": "bake",
+    "unbake": "bake",
     "Comparison": "comparison",
     "compare": "comparison",
+    "convert": "convert",
     "SparseAutoencoder": "sae",
     "Gate": "steering",
     "LatentEdit": "steering",
@@ -59,6 +65,7 @@ _HOMES = {
 
 __all__ = [
     "AudioError",
+    "Baked",
     "Comparison",
     "FormatError",
     "Gate",
@@ -77,7 +84,9 @@ __all__ = [
     "WhisperSteerError",
     "Word",
     "__version__",
+    "bake",
     "compare",
+    "convert",
     "find_audio",
     "handles_of",
     "load_audio",
@@ -87,6 +96,7 @@ __all__ = [
     "models",
     "steer",
     "transcribe",
+    "unbake",
 ]
 
 
@@ -114,8 +124,8 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing the submodule whisper_steer.transcribe makes Python put the module here, under the name of
         # the function: the function stays.
-        if name == "transcribe" and isinstance(value, ModuleType):
-            value = value.transcribe
+        if _HOMES.get(name) == name and isinstance(value, ModuleType):
+            value = getattr(value, name)
         super().__setattr__(name, value)
 
 

@@ -72,9 +72,8 @@ def bake(
         for line in fit.lines():
             print(line)
     layers = ", ".join(map(str, done.layers))
-    print(
-        f"{done.path}  {done.format}, {done.steering} x {done.alpha:g} in layer {layers}, record {done.record}"
-    )
+    print(f"{done.path}  {done.format}, {done.steering} x {done.alpha:g} in layer {layers}")
+    print(f"record: {done.record}")
 
 
 def unbake(path: Path_, out: Out = None) -> None:
