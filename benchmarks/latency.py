@@ -1,0 +1,326 @@
+"""What steering costs: plain against steered, in turns, in one run.
+
+    python -m benchmarks.latency --quick                       # within ten minutes on two cores
+    python -m benchmarks.latency --json rows.json              # tiny, base, small; all installed runtimes
+    python -m benchmarks.latency --shapes large-v3 --device cuda --runtimes openai transformers
+
+Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads
+m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents). A ratio
+is the median over rounds of steered / plain, where a round times plain, then steered, so that a drift of the
+machine hits both; encoder_low and encoder_high are the quartiles. Models have random weights (see
+latency_runtimes). The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need
+not be decoded at all.
+
+Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
+encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
+of audio: features, encoder, greedy decoding of 32 tokens a window), rounds. peak_mb: highest resident memory
+of the process while steered (CPU; with faster, two models are loaded: plain and steered), or memory allocated
+on the device; None where the system does not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.files import write_whole
+from whisper_steer.errors import UsageError, WhisperSteerError
+
+MODES: tuple[tuple[str, int | None], ...] = (
+    ("shift_baked", None),
+    ("shift_hook", None),
+    ("latents", 10),
+    ("latents", 100),
+    ("gate", 100),
+    ("gated_latents", 100),
+    ("reconstruction", None),
+)
+# highest allowed encoder_ratio on the CPU; (mode, shape or None for every shape)
+TARGETS: dict[tuple[str, str | None], float] = {
+    ("shift_baked", None): 1.0,
+    ("shift_hook", None): 1.01,
+    ("gated_latents", "small"): 1.02,
+    ("reconstruction", None): 1.08,
+}
+QUICK_SECONDS = 510.0  # then settings are left out, and named
+_PACKAGES = {"openai": "whisper", "transformers": "transformers", "faster": "faster_whisper"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting; see the columns above. Ratios are steered / plain."""
+
+    runtime: str
+    mode: str
+    m: int | None
+    batch: int
+    shape: str
+    encoder_ratio: float | None
+    end_to_end_ratio: float | None
+    peak_mb: float | None
+    encoder_low: float | None
+    encoder_high: float | None
+    encoder_seconds: float | None
+    real_time_factor: float | None
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of paired times: the median of their quotients, its quartiles, and the median steered time (s)."""
+
+    median: float
+    low: float
+    high: float
+    seconds: float
+
+
+def ratio_of(plain: Sequence[float], steered: Sequence[float]) -> Ratio:
+    """Times of the same rounds (s). Raises UsageError without any, or if they are not pairs."""
+    if not plain or len(plain) != len(steered):
+        raise UsageError(f"{len(plain)} plain and {len(steered)} steered times: expected pairs, at least one")
+    quotients = [after / before for before, after in zip(plain, steered, strict=True)]
+    if len(quotients) == 1:
+        return Ratio(quotients[0], quotients[0], quotients[0], steered[0])
+    low, median, high = statistics.quantiles(quotients, n=4, method="inclusive")
+    return Ratio(median, low, high, statistics.median(steered))
+
+
+def verdict(row: Row, device: str) -> str:
+    """ "yes", "no", or "within noise": the quartiles of a missed target still reach it; "" without a
+    target."""
+    limit = TARGETS.get((row.mode, row.shape), TARGETS.get((row.mode, None)))
+    if limit is None or row.encoder_ratio is None or (row.mode == "reconstruction" and device != "cpu"):
+        return ""
+    if row.encoder_ratio <= limit:
+        return f"<= {limit:.2f}: yes"
+    reached = row.encoder_low is not None and row.encoder_low <= limit
+    return f"<= {limit:.2f}: {'within noise' if reached else 'no'}"
+
+
+def table(rows: Sequence[Row], device: str) -> str:
+    """All rows, aligned, for people."""
+    head = tuple("runtime,shape,batch,mode,m,encoder,quartiles,end to end,RTF,MB,target".split(","))
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        spread = "" if row.encoder_low is None else f"{row.encoder_low:.3f}-{row.encoder_high:.3f}"
+        lines.append(
+            (
+                row.runtime, row.shape, str(row.batch), row.mode, "" if row.m is None else str(row.m),
+                _number(row.encoder_ratio), spread, _number(row.end_to_end_ratio),
+                _number(row.real_time_factor), _number(row.peak_mb, 0), verdict(row, device),
+            )
+        )  # fmt: skip
+    widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+# ---------- measuring
+
+
+def paired(
+    plain: Callable[[], object],
+    steered: Callable[[], object],
+    steering: Callable[[], AbstractContextManager[Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], list[float]]:
+    """Times of `rounds` rounds, plain then steered, steered inside `steering()`; one round before them to
+    warm up is not counted, nor is putting the steering on."""
+    before: list[float] = []
+    after: list[float] = []
+    for _ in range(rounds + 1):
+        before.append(_timed(plain, clock))
+        with steering():
+            after.append(_timed(steered, clock))
+    return before[1:], after[1:]
+
+
+def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    _settle()
+    start = clock()
+    work()
+    _settle()
+    return clock() - start
+
+
+def _settle() -> None:
+    """Waits for the device, which works on by itself."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: str) -> None:
+    """Forget the memory used so far, where the system can."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device: str) -> float | None:
+    """Highest memory (10^6 bytes) since `reset_peak`."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform != "linux":
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return None
+
+
+def measure(runtime: Any, name: str, shape: str, batch: int, rounds: int, device: str) -> Iterator[Row]:
+    """A row per mode for one model."""
+    from benchmarks.latency_runtimes import WINDOW_SECONDS, dimensions, sound, steering_for
+
+    audio = sound(batch)
+    features = runtime.features(audio)
+
+    def encode() -> object:
+        return runtime.encode(features)
+
+    def everything() -> object:
+        return runtime.decode(runtime.encode(runtime.features(audio)))
+
+    for mode, m in MODES:
+        if name == "faster" and mode == "shift_hook":
+            continue  # is baked there
+        steering = steering_for(mode, m, dimensions(shape))
+        on = (
+            partial(runtime.baked, steering.edits[0])
+            if mode == "shift_baked"
+            else partial(runtime.steered, steering)
+        )
+        reset_peak(device)
+        encoder = ratio_of(*paired(encode, encode, on, rounds))
+        whole = ratio_of(*paired(everything, everything, on, max(1, rounds // 2)))
+        yield Row(
+            name, mode, m, batch, shape, encoder.median, whole.median, peak_mb(device), encoder.low,
+            encoder.high, encoder.seconds, whole.seconds / (batch * WINDOW_SECONDS), rounds,
+        )  # fmt: skip
+
+
+def nonspeech(rounds: int, device: str) -> Row:
+    """The bundled model and steering on the bundled noise clip, through whisper.transcribe."""
+    import whisper
+
+    from whisper_steer.attach import steer
+    from whisper_steer.audio import SAMPLING_RATE, load_audio
+    from whisper_steer.zoo import DEFAULT_MODEL, bundled_dir, load_model
+
+    model = load_model(DEFAULT_MODEL, device=device)
+    audio = load_audio(bundled_dir() / DEFAULT_MODEL / "demo" / "noise.flac")
+
+    def work() -> object:
+        return whisper.transcribe(model, audio, fp16=False)
+
+    reset_peak(device)
+    whole = ratio_of(*paired(work, work, lambda: steer(model, decode_withheld=False), rounds))
+    seconds = whole.seconds / (len(audio) / SAMPLING_RATE)
+    return Row(
+        "openai", "nonspeech", None, 1, DEFAULT_MODEL, None, whole.median, peak_mb(device), None, None, None,
+        seconds, rounds,
+    )  # fmt: skip
+
+
+# ---------- command
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """(runtime, shape, batch) in the order in which they are measured, one model after another."""
+    if args.quick:
+        quick = [(name, "tiny", batch) for name in args.runtimes for batch in (1, 8)]
+        return [("openai", "small", 1), *quick] if "openai" in args.runtimes else quick
+    return [(name, shape, batch) for shape in args.shapes for name in args.runtimes for batch in args.batches]
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """All rows; prints what it is at, and what is left out, to stderr."""
+    from benchmarks.latency_runtimes import MAKERS, random_model
+
+    start, rows = time.perf_counter(), [nonspeech(args.rounds, args.device)]
+    made: tuple[str, str] | None = None
+    runtime: Any = None
+    for name, shape, batch in settings(args):
+        label = f"{name}, {shape}, batch {batch}"
+        if args.quick and time.perf_counter() - start > QUICK_SECONDS:
+            print(f"latency: left out, for lack of time: {label}", file=sys.stderr)
+            continue
+        print(f"latency: {label}", file=sys.stderr, flush=True)
+        if made != (name, shape):
+            runtime = None  # let go of the last model first
+            runtime, made = MAKERS[name](random_model(shape), args.device), (name, shape)
+        for row in measure(runtime, name, shape, batch, args.rounds, args.device):
+            rows.append(row)
+            if args.quick and time.perf_counter() - start > QUICK_SECONDS:
+                print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)
+                break
+    return [*rows[1:], rows[0]]
+
+
+def parser() -> argparse.ArgumentParser:
+    from benchmarks.latency_runtimes import RUNTIMES, SHAPES
+
+    found = [name for name in RUNTIMES if find_spec(_PACKAGES[name]) is not None]
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency", description="What steering costs, per runtime and mode."
+    )
+    made.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=found, help="default: all installed")
+    made.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "base", "small"])
+    made.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N")
+    made.add_argument("--rounds", type=int, default=None, metavar="N", help="default: 9, or 3 with --quick")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
+    made.add_argument("--quick", action="store_true", help="small once, tiny in full; within ten minutes")
+    made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows here")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 (could not do it), 2 (wrong usage)."""
+    import torch
+
+    try:
+        args = parser().parse_args(argv)
+        args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 9
+        if args.rounds < 1 or args.threads < 0 or min(args.batches) < 1:
+            raise UsageError("--rounds and --batches must be at least 1, --threads at least 0")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: there is no CUDA device here; use cpu")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        rows = run(args)
+        print(table(rows, args.device))
+        if args.json is not None:
+            write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    except WhisperSteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The runtimes as benchmarks.latency sees them: encode a batch, write words for it, be steered, be baked.
+
+Models have random weights of Whisper's true shapes: what they write means nothing, what it costs does not
+depend on the weights. Every window is decoded greedily for exactly `TOKENS` tokens, so that plain and steered
+do the same work.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from whisper.audio import N_FRAMES, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram
+from whisper.decoding import DecodingOptions
+from whisper.model import ModelDimensions, Whisper
+
+from whisper_steer.attach import steer
+from whisper_steer.edits import LatentEdit, Shift
+from whisper_steer.gate import Gate
+from whisper_steer.steering import Steering
+
+TOKENS = 32  # per window: about what half a minute of slow speech takes
+WINDOW_SECONDS = N_SAMPLES / SAMPLE_RATE
+RUNTIMES = ("openai", "transformers", "faster")
+_ENGLISH = 51864
+_SIZES = {  # d_model, heads, encoder blocks, decoder blocks, mels, vocabulary
+    "tiny": (384, 6, 4, 4, 80, _ENGLISH),
+    "base": (512, 8, 6, 6, 80, _ENGLISH),
+    "small": (768, 12, 12, 12, 80, _ENGLISH),
+    "large-v3": (1280, 20, 32, 32, 128, 51866),
+}
+SHAPES = tuple(_SIZES)
+EXPANSION = 8  # latents of the reconstructing SAE per stream dimension
+_ACTIVE = 2.0  # threshold in standard deviations: about one latent in forty is active
+_SMOOTH = 25  # frames, as the bundled gate's
+
+
+class Runtime(Protocol):
+    """One random model. `features` of a batch are made once, from `audio` (batch, samples)."""
+
+    def encode(self, features: Any) -> Any: ...
+
+    def features(self, audio: Tensor) -> Any: ...
+
+    def decode(self, encoded: Any) -> Any: ...
+
+    def steered(self, steering: Steering) -> Any: ...
+
+    def baked(self, shift: Shift) -> Any: ...
+
+
+def dimensions(shape: str) -> ModelDimensions:
+    """The true dimensions of a released model."""
+    width, heads, encoder, decoder, mels, words = _SIZES[shape]
+    return ModelDimensions(mels, 1500, width, heads, encoder, words, 448, width, heads, decoder)
+
+
+def random_model(shape: str, seed: int = 0) -> Whisper:
+    """A Whisper of this shape on the CPU, float32."""
+    torch.manual_seed(seed)
+    model = Whisper(dimensions(shape)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)  # left as it is found otherwise
+    return model
+
+
+def sound(batch: int, seed: int = 0) -> Tensor:
+    """(batch, samples): 30 s of noise each."""
+    return torch.randn(batch, N_SAMPLES, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0) -> Steering:
+    """A random steering of the last block, like the papers'; its gate withholds nothing and opens for about
+    half of the frames."""
+    width, layer = dims.n_audio_state, dims.n_audio_layer - 1
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, width, generator=generator) / width**0.5
+
+    def latents(count: int, **form: Any) -> LatentEdit:
+        return LatentEdit(
+            layer, rows(count), torch.zeros(count), torch.full((count,), _ACTIVE), rows(count), "add",
+            torch.full((count,), 0.1), 1.0, **form,
+        )  # fmt: skip
+
+    if mode.startswith("shift"):
+        return Steering((Shift(layer, rows(1)[0], 1.0),))
+    if mode == "reconstruction":
+        return Steering((latents(EXPANSION * width, reconstruct=True, b_dec=torch.zeros(width)),))
+    count = m or 100
+    if mode == "latents":
+        return Steering((latents(count),))
+    gate = Gate(
+        layer=layer, coef=torch.randn(count, generator=generator), intercept=0.0, W_enc=rows(count),
+        b_enc=torch.zeros(count), theta=torch.full((count,), _ACTIVE), kind="latents", smooth=_SMOOTH,
+        threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=0.0, unit=torch.ones(count),
+    )  # fmt: skip
+    return Steering(() if mode == "gate" else (latents(count),), gate)
+
+
+class OpenAIRuntime:
+    """openai-whisper."""
+
+    def __init__(self, model: Whisper, device: str) -> None:
+        self.model = model.to(device)
+        self.end = 50257 if model.is_multilingual else 50256  # <|endoftext|>
+
+    def features(self, audio: Tensor) -> Tensor:
+        mels = self.model.dims.n_mels
+        return log_mel_spectrogram(audio, mels, device=self.model.device)[..., :N_FRAMES]
+
+    def encode(self, features: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.encoder(features)
+
+    def decode(self, encoded: Tensor) -> Any:
+        options = DecodingOptions(
+            language="en", fp16=False, without_timestamps=True, sample_len=TOKENS,
+            suppress_tokens=[self.end],
+        )  # fmt: skip
+        return self.model.decode(encoded, options)
+
+    def steered(self, steering: Steering) -> Any:
+        return steer(self.model, steering=steering)
+
+    def baked(self, shift: Shift) -> Any:
+        return _biased(self.model.encoder.blocks[shift.layer].mlp[2].bias, shift)
+
+
+class TransformersRuntime:
+    """transformers, with the same weights."""
+
+    def __init__(self, model: Whisper, device: str) -> None:
+        from whisper_steer.transformers_model import from_openai
+
+        self.openai = OpenAIRuntime(model, device)
+        self.model = from_openai(model)
+        self.model.generation_config.suppress_tokens = [self.openai.end]
+
+    def features(self, audio: Tensor) -> Tensor:
+        return self.openai.features(audio)
+
+    def encode(self, features: Tensor) -> Any:
+        with torch.no_grad():
+            return self.model.model.encoder(features)
+
+    def decode(self, encoded: Any) -> Any:
+        return self.model.generate(encoder_outputs=encoded, max_new_tokens=TOKENS, num_beams=1)
+
+    def steered(self, steering: Steering) -> Any:
+        return steer(self.model, steering=steering)
+
+    def baked(self, shift: Shift) -> Any:
+        return _biased(self.model.model.encoder.layers[shift.layer].fc2.bias, shift)
+
+
+class FasterRuntime:
+    """faster-whisper, from a CTranslate2 conversion (float32) in a folder that goes with the process."""
+
+    def __init__(self, model: Whisper, device: str) -> None:
+        import faster_whisper
+
+        from whisper_steer.convert import convert
+
+        self.openai = OpenAIRuntime(model, "cpu")
+        self.folder = tempfile.TemporaryDirectory(prefix="whisper-steer-latency-")
+        path = convert(model, "ct2", Path(self.folder.name) / "model")
+        # as many threads as torch has, so that one row can be set beside another
+        threads = torch.get_num_threads()
+        self.options: dict[str, Any] = {"device": device, "compute_type": "float32", "cpu_threads": threads}
+        self.path = str(path)
+        self.model: Any = faster_whisper.WhisperModel(self.path, **self.options)
+        self.worn: tuple[Steering, Any] | None = None
+        self.baked_steering = Steering((Shift(0, torch.zeros(model.dims.n_audio_state), 0.0),))
+
+    def features(self, audio: Tensor) -> Any:
+        return self.openai.features(audio).numpy()
+
+    def encode(self, features: Any) -> Any:
+        return self.model.encode(features)
+
+    def decode(self, encoded: Any) -> Any:
+        prompt = [50257, 50362] if not self.model.model.is_multilingual else [50258, 50259, 50360, 50364]
+        return self.model.model.generate(
+            encoded, [prompt] * encoded.shape[0], beam_size=1, max_length=TOKENS + len(prompt),
+            suppress_blank=False, suppress_tokens=[self.openai.end],
+        )  # fmt: skip
+
+    @contextmanager
+    def steered(self, steering: Steering) -> Iterator[None]:
+        """A second model, kept for the next round: a change of steering reads the file anew."""
+        from whisper_steer.faster import WhisperModel
+
+        if self.worn is None or self.worn[0] is not steering:
+            self.worn = None
+            self.worn = steering, WhisperModel(self.path, alpha=1.0, steering=steering, **self.options)
+        plain, self.model = self.model, self.worn[1]
+        try:
+            yield
+        finally:
+            self.model = plain
+
+    def baked(self, shift: Shift) -> Any:
+        # a constant shift is always put into the weights here, never in a hook
+        if self.baked_steering.edits != (shift,):
+            self.baked_steering = Steering((shift,))
+        return self.steered(self.baked_steering)
+
+
+MAKERS: dict[str, Callable[[Whisper, str], Any]] = {
+    "openai": OpenAIRuntime,
+    "transformers": TransformersRuntime,
+    "faster": FasterRuntime,
+}
+
+
+@contextmanager
+def _biased(bias: Tensor, shift: Shift) -> Iterator[None]:
+    """The shift inside the weights for the length of the block; then the very numbers of before."""
+    before = bias.clone()
+    try:
+        with torch.no_grad():
+            bias += shift.delta(bias, 1.0).to(bias.dtype)
+        yield
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)

@@ -1,0 +1,149 @@
+"""benchmarks.latency: the arithmetic of ratios, verdicts, the rows and the command."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from steering_files import brief_whisper
+
+from benchmarks import latency, latency_runtimes
+from benchmarks.latency import Ratio, Row, paired, ratio_of, settings, table, verdict
+from whisper_steer.errors import UsageError
+
+ROW = Row("openai", "shift_hook", None, 1, "small", 1.004, 1.002, 900.0, 0.99, 1.01, 2.0, 0.1, 5)
+
+
+def test_ratio_is_the_median_of_the_rounds_own_ratios():
+    """A slow round slows both: its quotient is as good as any. By hand: 1.1, 1.2, 1.3, 1.0, 1.4."""
+    plain, steered = [1.0, 10.0, 1.0, 2.0, 1.0], [1.1, 12.0, 1.3, 2.0, 1.4]
+    assert ratio_of(plain, steered) == Ratio(*map(pytest.approx, (1.2, 1.1, 1.3, 1.4)))
+    assert ratio_of([2.0], [3.0]) == Ratio(1.5, 1.5, 1.5, 3.0)
+
+
+def test_ratio_needs_pairs():
+    for plain, steered in [([], []), ([1.0], [])]:
+        with pytest.raises(UsageError, match="expected pairs"):
+            ratio_of(plain, steered)
+
+
+def test_rounds_alternate_and_the_first_is_not_counted():
+    done, ticks = [], iter(range(100))
+
+    @contextmanager
+    def steering():
+        done.append("on")
+        yield
+        done.append("off")
+
+    plain, steered = paired(
+        lambda: done.append("plain"), lambda: done.append("steered"), steering, 2, lambda: float(next(ticks))
+    )
+    assert done == ["plain", "on", "steered", "off"] * 3
+    assert (plain, steered) == ([1.0, 1.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        ({}, "cpu", "<= 1.01: yes"),
+        ({"encoder_ratio": 1.02}, "cpu", "<= 1.01: within noise"),
+        ({"encoder_ratio": 1.05, "encoder_low": 1.03}, "cpu", "<= 1.01: no"),
+        ({"mode": "gated_latents", "encoder_ratio": 1.02}, "cpu", "<= 1.02: yes"),
+        ({"mode": "gated_latents", "shape": "tiny"}, "cpu", ""),
+        ({"mode": "reconstruction", "encoder_ratio": 1.2, "encoder_low": 1.1}, "cpu", "<= 1.08: no"),
+        ({"mode": "reconstruction"}, "cuda", ""),
+        ({"mode": "nonspeech", "encoder_ratio": None}, "cpu", ""),
+    ],
+)
+def test_verdicts(changes, device, expected):
+    assert verdict(replace(ROW, **changes), device) == expected
+
+
+def test_table_is_aligned():
+    unmeasured = replace(ROW, mode="nonspeech", encoder_ratio=None, encoder_low=None)
+    lines = table([ROW, unmeasured], "cpu").splitlines()
+    assert lines[0].split() == "runtime shape batch mode m encoder quartiles end to end RTF MB target".split()
+    assert lines[1].index("1.004") == lines[0].index("encoder")
+    assert "0.990-1.010" in lines[1] and "0.990" not in lines[2]
+
+
+def test_the_row_begins_with_the_agreed_columns():
+    names = [field.name for field in fields(Row)]
+    assert names[:8] == "runtime mode m batch shape encoder_ratio end_to_end_ratio peak_mb".split()
+    assert json.loads(json.dumps(asdict(ROW)))["peak_mb"] == 900.0
+
+
+def test_shapes_are_whispers():
+    small, large = latency_runtimes.dimensions("small"), latency_runtimes.dimensions("large-v3")
+    assert (small.n_audio_state, small.n_audio_layer, small.n_vocab, small.n_mels) == (768, 12, 51864, 80)
+    assert (large.n_audio_state, large.n_audio_layer, large.n_vocab, large.n_mels) == (1280, 32, 51866, 128)
+
+
+@pytest.mark.parametrize(("mode", "m"), latency.MODES)
+def test_every_mode_changes_what_it_should(mode, m):
+    dims = brief_whisper().dims
+    steering = latency_runtimes.steering_for(mode, m, dims)
+    steering.check(brief_whisper())
+    x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(1)) * 3
+    after = steering.edit(x, dims.n_audio_layer - 1, 1.0)
+    assert torch.equal(after, x) == (mode == "gate")
+    assert (steering.gate is not None) == ("gate" in mode)
+    if mode == "reconstruction":
+        assert steering.edits[0].W_enc.shape == (512, 64)
+    if m is not None and steering.edits:
+        assert steering.edits[0].W_enc.shape == (m, 64)
+    if steering.gate is not None:
+        gate = steering.gate
+        assert gate.coef.shape == (m,) and gate.window_threshold(1.0) == 1e9
+        opened = (gate.frame_gate(gate.frame_logits(x)) > 0.5).float().mean()
+        assert 0 < float(opened) < 1
+
+
+def test_settings_quick_and_full():
+    args = latency.parser().parse_args(["--quick", "--runtimes", "openai", "faster"])
+    assert settings(args) == [
+        ("openai", "small", 1),
+        ("openai", "tiny", 1),
+        ("openai", "tiny", 8),
+        ("faster", "tiny", 1),
+        ("faster", "tiny", 8),
+    ]
+    args = latency.parser().parse_args(["--shapes", "base", "--batches", "2", "--runtimes", "openai"])
+    assert settings(args) == [("openai", "base", 2)]
+
+
+def test_a_run_over_a_tiny_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: brief_whisper())
+    monkeypatch.setattr(latency_runtimes, "dimensions", lambda shape: brief_whisper().dims)
+    monkeypatch.setattr(latency_runtimes, "TOKENS", 4)
+    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device: replace(ROW, mode="nonspeech"))
+    out = tmp_path / "rows.json"
+    arguments = ["--shapes", "tiny", "--batches", "1", "--rounds", "1", "--runtimes", "openai"]
+    assert latency.main([*arguments, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["mode"], row["m"]) for row in rows] == [*latency.MODES, ("nonspeech", None)]
+    assert all(row["encoder_ratio"] > 0 and row["end_to_end_ratio"] > 0 for row in rows)
+    assert all(row["peak_mb"] is None or row["peak_mb"] > 10 for row in rows)
+    assert "gated_latents" in capsys.readouterr().out
+
+
+def test_baking_leaves_the_very_weights():
+    model = brief_whisper()
+    runtime = latency_runtimes.OpenAIRuntime(model, "cpu")
+    bias = model.encoder.blocks[3].mlp[2].bias
+    before, steering = bias.clone(), latency_runtimes.steering_for("shift_baked", None, model.dims)
+    features = runtime.features(latency_runtimes.sound(1))
+    with runtime.steered(steering):
+        hooked = runtime.encode(features)
+    with runtime.baked(steering.edits[0]):
+        assert torch.allclose(runtime.encode(features), hooked, atol=1e-5)
+    assert torch.equal(bias, before)
+
+
+def test_wrong_usage(capsys):
+    assert latency.main(["--rounds", "0"]) == 2
+    assert "--rounds and --batches must be at least 1" in capsys.readouterr().err
