@@ -14,6 +14,7 @@ from .. import faster
 from ..attach import Handle, check_alpha, handles_of, steer
 from ..audio import SAMPLING_RATE
 from ..ct2_encoder import plain_name
+from ..ct2_steering import SteeredWhisper
 from ..errors import ModelError, UsageError
 from ..withholding import collecting
 from .openai import option_names
@@ -173,7 +174,11 @@ class FasterBackend:
             ) from error
 
     def _name(self, model: Any) -> str:
-        return plain_name(getattr(model, "_name", "") or str(getattr(self, "_given", "")) or "unnamed")
+        steered = model.model if isinstance(model.model, SteeredWhisper) else None
+        given = self._given if isinstance(self._given, (str, Path)) else ""
+        return plain_name(
+            getattr(model, "_name", "") or given or (steered.source.path if steered else "unnamed")
+        )
 
     @contextmanager
     def _steered(self, model: Any) -> Iterator[tuple[Handle, ...]]:

@@ -1,0 +1,107 @@
+"""The backend faster: options, results, the choice of a backend, and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faster_whisper
+import pytest
+from faster_models import CPU, clip, mini_ct2
+
+import whisper_steer
+from whisper_steer.backends import backend_for, make_backend
+from whisper_steer.backends.faster import FasterBackend
+from whisper_steer.cli import main
+from whisper_steer.errors import ModelError, UsageError
+from whisper_steer.faster import WhisperModel
+from whisper_steer.zoo import bundled_dir
+
+SPOKEN = " No, Sarah did not cover the little cat. Who has a blue coat?"
+INVENTED = "Thank you for watching."
+
+
+@pytest.fixture(scope="module")
+def model() -> WhisperModel:
+    return WhisperModel(str(mini_ct2()), **CPU)
+
+
+def test_transcript_of_noise_and_speech(model: WhisperModel) -> None:
+    seen: list[tuple[float, float]] = []
+    noise = whisper_steer.transcribe(clip("noise"), model, progress=lambda *at: seen.append(at))
+    assert (noise.text, noise.segments, noise.language, noise.duration) == ("", (), "en", 8.0)
+    (window,) = noise.suppressed
+    assert (window.start, window.end, window.text) == (0.0, 8.0, INVENTED)
+    assert (noise.model, noise.steering, noise.alpha) == ("mini.en", "default", 1.0)
+    assert seen[-1] == (8.0, 8.0) and model.withheld == []
+    # openai-whisper's names and values
+    options: dict[str, Any] = {
+        "beam_size": None,
+        "logprob_threshold": -1.0,
+        "fp16": False,
+        "language": "English",
+    }
+    speech = whisper_steer.transcribe(clip("speech"), model, word_timestamps=True, **options)
+    assert speech.text == SPOKEN and speech.suppressed == ()
+    assert [s.id for s in speech.segments] == list(range(len(speech.segments)))
+    words = [word for segment in speech.segments for word in segment.words or ()]
+    assert "".join(word.word for word in words) == SPOKEN and 0 < words[0].probability <= 1
+
+
+def test_a_plain_model_is_steered_for_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    plain = faster_whisper.WhisperModel(str(mini_ct2()), **CPU)
+    heard = whisper_steer.transcribe(clip("noise"), plain, alpha=0)
+    assert heard.text.strip() == INVENTED and (heard.steering, heard.alpha) == (None, 0.0)
+    with pytest.raises(ModelError, match="pass files=FOLDER"):
+        whisper_steer.transcribe(clip("noise"), plain)
+    with whisper_steer.steer(plain, alpha=0.9, files=mini_ct2()):
+        assert whisper_steer.transcribe(clip("noise"), plain).alpha == 0.9
+        with pytest.raises(UsageError, match="steered already"):
+            whisper_steer.transcribe(clip("noise"), plain, alpha=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"no_such": 1}, "unknown option 'no_such'"),
+        ({"carry_initial_prompt": True}, "no counterpart of carry_initial_prompt=True"),
+        ({"language": "klingon"}, "klingon"),
+    ],
+)
+def test_options_that_are_refused(model: WhisperModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        whisper_steer.transcribe(clip("noise"), model, **options)
+
+
+def test_models_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a CTranslate2 model"):
+        make_backend("faster", tmp_path).load()
+    with pytest.raises(ModelError, match="faster-whisper cannot load mini.en"):
+        FasterBackend("mini.en").load()
+    with pytest.raises(UsageError, match="device 'mps' is not one of faster-whisper's"):
+        FasterBackend(mini_ct2(), device="mps").load()
+    with pytest.raises(UsageError, match="model is a int"):
+        make_backend("faster", 3)
+
+
+def test_choice_of_a_backend(model: WhisperModel) -> None:
+    assert backend_for(model)[0] == backend_for(mini_ct2())[0] == "faster"
+    assert backend_for("Systran/faster-whisper-small")[0] == "faster"
+    assert backend_for("mini.en")[0] == backend_for("openai/whisper-tiny")[0] == "openai"
+
+
+def test_the_command_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    noise = str(bundled_dir() / "mini.en" / "demo" / "noise.flac")
+    words = ["transcribe", noise, "--model", str(mini_ct2()), "--device", "cpu", "--threads", "1"]
+    assert main([*words, "--keep-suppressed"]) == 0
+    captured = capsys.readouterr()
+    assert INVENTED in captured.out
+    assert "backend: faster (the model is in CTranslate2's format)" in captured.err
+    assert main([*words, "--alpha", "0", "--backend", "faster"]) == 0
+    captured = capsys.readouterr()
+    assert INVENTED in captured.out and captured.err == "backend: faster (asked for)\n"
+    assert main([*words, "--backend", "slower"]) == 2
+    assert "--backend slower: expected one of openai, faster, transformers" in capsys.readouterr().err
