@@ -92,7 +92,7 @@ def words(path: Path, clips: dict[str, np.ndarray]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q5_0"])
 def test_same_words_as_openai_whisper(
     model: Whisper, clips: dict[str, np.ndarray], plain_words: dict, tmp_path: Path, dtype: str
 ) -> None:

@@ -8,7 +8,8 @@ length of the name, i32 type, the dimensions in reverse, the name, the data. Nam
 openai-whisper's, except that the convolutions' biases are (n, 1).
 
 Tensors of one dimension, those biases and the positional embeddings stay f32 in every file; convolutions are
-f16 in all but f32 files; the other matrices have the file's type.
+f16 in all but f32 files; the other matrices have the file's type. whisper.cpp 1.8 loads f32 files but aborts
+when it computes their convolutions: they serve to keep exact values, not to transcribe.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Dtype = Annotated[
         "--dtype",
         metavar="TYPE",
         help="openai, transformers: float32, float16, bfloat16; ct2: those, int8, int8_float16, int16, ...; "
-        "ggml: f16, f32, q8_0, q5_0. The first is the default.",
+        "ggml: f16, q8_0, q5_0. The first is the default.",
     ),
 ]
 
