@@ -204,7 +204,7 @@ def test_refusals(plain: dict[str, Path], steering: Steering, model: Whisper, tm
     with pytest.raises(UsageError, match="leave the range of float16: choose a smaller alpha"):
         bake(half, steering=huge, out=tmp_path / "x.pt")
     (tmp_path / "old.pt").write_bytes(b"not a zip")
-    with pytest.raises(FormatError, match="is not a zip"):
+    with pytest.raises(FormatError, match="not a torch checkpoint"):
         bake(tmp_path / "old.pt", steering=steering, out=tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists() and not (tmp_path / "x.pt.baked.json").exists()
     assert format_of(plain["ggml"]) == "ggml" and format_of(Path(__file__)) is None
