@@ -140,7 +140,8 @@ class LargestOfBatch:
         """The same from pre-activations (B, n) that are there already."""
         wanted = min(self.k * len(pre), pre.numel()) * collective.size
         everything = pre.numpy().reshape(-1)
-        hint = self.smallest or _smallest_of_sample(pre, self.k)
+        # all processes must look above the same value, and a sample is each one's own
+        hint = self.smallest or (_smallest_of_sample(pre, self.k) if collective.size == 1 else 0.0)
         kept = np.flatnonzero(everything > hint * CANDIDATE_MARGIN)
         if hint > 0 and collective.count(len(kept)) < wanted:
             kept = np.flatnonzero(everything > 0)
