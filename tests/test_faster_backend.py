@@ -68,7 +68,7 @@ def test_a_plain_model_is_steered_for_the_call(tmp_path: Path, monkeypatch: pyte
     [
         ({"no_such": 1}, "unknown option 'no_such'"),
         ({"carry_initial_prompt": True}, "no counterpart of carry_initial_prompt=True"),
-        ({"language": "klingon"}, "klingon"),
+        ({"initial_prompt": "word " * 500, "sample_len": 400}, "`max_length`"),
     ],
 )
 def test_options_that_are_refused(model: WhisperModel, options: dict[str, Any], message: str) -> None:
