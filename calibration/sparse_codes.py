@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 
 from calibration.collectives import ALONE, Collective
 
-# share of the last step's smallest kept value above which a pre-activation is looked at when the largest
-# k x B are sought; only speed depends on it: with fewer candidates than wanted, all are looked at
-CANDIDATE_MARGIN = 0.9
+# shares of the last step's smallest kept value above which pre-activations are looked at when the largest
+# k x B are sought, one after the other until there are enough; only speed depends on them
+MARGINS = (0.9, 0.6)
 # the same for a frame's k largest, relative to the frame's norm; bfloat16's error is some 0.1 %
 FRAME_MARGIN = 0.97
 SAMPLE = 128  # frames that a first hint is taken from
@@ -130,9 +130,11 @@ class LargestOfBatch:
         shape = (len(z), len(W_enc))
         wanted = min(self.k * shape[0], shape[0] * shape[1]) * collective.size
         if self.screen and self.smallest > 0:
-            codes = screened(z, W_enc, b_enc, self.smallest * CANDIDATE_MARGIN)
-            if collective.count(len(codes.values)) >= wanted:
-                return self._reduced(codes, wanted, collective)
+            rough = in_bfloat16(z, W_enc, b_enc)
+            for margin in MARGINS:
+                flat = above(rough, self.smallest * margin)
+                if collective.count(len(flat)) >= wanted:
+                    return self._reduced(in_float32(flat, z, W_enc, b_enc), wanted, collective)
         pre = linear(z, W_enc, b_enc)
         return self.of(pre, collective)
 
@@ -142,9 +144,10 @@ class LargestOfBatch:
         everything = pre.numpy().reshape(-1)
         # all processes must look above the same value, and a sample is each one's own
         hint = self.smallest or (_smallest_of_sample(pre, self.k) if collective.size == 1 else 0.0)
-        kept = np.flatnonzero(everything > hint * CANDIDATE_MARGIN)
-        if hint > 0 and collective.count(len(kept)) < wanted:
-            kept = np.flatnonzero(everything > 0)
+        for floor in (*(hint * margin for margin in MARGINS), 0.0) if hint > 0 else (0.0,):
+            kept = np.flatnonzero(everything > floor)
+            if collective.count(len(kept)) >= wanted:
+                break
         values = torch.from_numpy(everything[kept])
         codes = SparseCodes.at(torch.from_numpy(kept), values, (pre.shape[0], pre.shape[1]))
         return self._reduced(codes, wanted, collective)
@@ -234,15 +237,26 @@ class LargestOfFrame:
         return SparseCodes.at(flat, best[keep][order], (frames, latents))
 
 
-def screened(z: Tensor, W_enc: Tensor, b_enc: Tensor, floor: float | Tensor) -> SparseCodes:
-    """Where W_enc z + b_enc is above `floor` (> 0, or one for each frame) in bfloat16, with the values in
-    float32.
-    """
-    rough = linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
+def screened(z: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor) -> SparseCodes:
+    """Where W_enc z + b_enc is above `floor` (B,), each > 0, in bfloat16, with the values in float32."""
+    return in_float32(above(in_bfloat16(z, W_enc, b_enc), floor), z, W_enc, b_enc)
+
+
+def in_bfloat16(z: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """W_enc z + b_enc (B, n), roughly."""
+    return linear(z.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16())
+
+
+def above(rough: Tensor, floor: float | Tensor) -> Tensor:
+    """Flat indices where bfloat16 `rough` (B, n) is above `floor` > 0: one number, or one for each row."""
     # positive bfloat16 numbers are ordered like their bits, and negative ones have the sign bit
     least = torch.as_tensor(floor).bfloat16().view(torch.int16).numpy()
-    above = rough.view(torch.int16).numpy() > (least[:, None] if least.ndim else least)
-    flat = torch.from_numpy(np.flatnonzero(above.reshape(-1)))
+    larger = rough.view(torch.int16).numpy() > (least[:, None] if least.ndim else least)
+    return torch.from_numpy(np.flatnonzero(larger.reshape(-1)))
+
+
+def in_float32(flat: Tensor, z: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCodes:
+    """W_enc z + b_enc at ascending flat indices of (B, n)."""
     codes = SparseCodes.at(flat, torch.ones(len(flat)), (len(z), len(W_enc)))
     values = codes.products(z, W_enc) + b_enc[codes.columns]
     return SparseCodes(codes.offsets, codes.columns, values, codes.shape)
