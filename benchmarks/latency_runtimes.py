@@ -95,8 +95,9 @@ def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0)
     count = m or 100
     if mode == "latents":
         return Steering((latents(count),))
+    coef = torch.randn(count, generator=generator)
     gate = Gate(
-        layer=layer, coef=torch.randn(count, generator=generator), intercept=0.0, W_enc=rows(count),
+        layer=layer, coef=coef - coef.mean(), intercept=0.0, W_enc=rows(count),
         b_enc=torch.zeros(count), theta=torch.full((count,), _ACTIVE), kind="latents", smooth=_SMOOTH,
         threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=0.0, unit=torch.ones(count),
     )  # fmt: skip

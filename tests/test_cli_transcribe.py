@@ -440,4 +440,4 @@ def test_the_command_itself(shelf: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.startswith("==> a.wav <==\n")
     said = "backend: openai (the model is not in CTranslate2's format)"
-    assert done.stderr == f"error: gone.wav: no such file\n{said}\n"
+    assert done.stderr == f"{said}\nerror: gone.wav: no such file\n"
