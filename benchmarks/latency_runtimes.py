@@ -142,6 +142,8 @@ class TransformersRuntime:
         self.openai = OpenAIRuntime(model, device)
         self.model = from_openai(model)
         self.model.generation_config.suppress_tokens = [self.openai.end]
+        # the length is given with every call; both together make transformers warn each time
+        self.model.generation_config.max_length = None
 
     def features(self, audio: Tensor) -> Tensor:
         return self.openai.features(audio)
