@@ -5,6 +5,7 @@ what the blocks put out.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Piece:
     n_frames: int
 
 
-class BlockEncoder:
+class BlockEncoder(ABC):
     """Cuts audio into pieces, runs them in batches and collects what the blocks put out.
 
     Subclasses say how audio becomes pieces (`_cut`) and how a batch of them passes the model (`_forward`).
@@ -131,14 +132,17 @@ class BlockEncoder:
         for start in range(0, len(pieces), size):
             yield list(range(start, min(start + size, len(pieces))))
 
+    @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What `metadata` gives."""
 
+    @abstractmethod
     def _cut(self, owner: int, audio: np.ndarray) -> Iterator[Piece]:
-        raise NotImplementedError
+        """What of a clip passes the model at once."""
 
+    @abstractmethod
     def _forward(self, pieces: list[Piece]) -> None:
-        raise NotImplementedError
+        """Pass pieces through the model; the blocks' outputs are caught by hooks."""
 
 
 class LogMelEncoder(BlockEncoder):

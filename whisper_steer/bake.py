@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from .bake_files import fitting, format_of, splices_of
 from .convert import FORMATS, check_dtype, convert, default_path, refuse_existing, write_new
 from .errors import FormatError, UsageError
-from .splices import Splice, inverse, patch_file, write_atomically
+from .fileformat import write_atomically
+from .splices import Splice, inverse, patch_file
 from .zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:

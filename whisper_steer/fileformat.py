@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,20 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     # clones: safetensors refuses tensors that share memory
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     data = save(plain, metadata={METADATA_KEY: text})
+    write_atomically(path, [data])
+
+
+def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write `blocks` to a temporary name and rename it: a reader never sees half a file.
+
+    Missing parent folders are made. Raises FormatError if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data)
+            for block in blocks:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

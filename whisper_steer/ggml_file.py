@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from .errors import FormatError, UsageError
+from .fileformat import write_atomically
 from .ggml_quant import BY_NAME as TYPE_BY_NAME
 from .ggml_quant import TYPES, decode, encode
-from .splices import Splice, write_atomically
+from .splices import Splice
 
 if TYPE_CHECKING:
     from whisper.model import Whisper

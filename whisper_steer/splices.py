@@ -7,15 +7,13 @@ splice changed the length. Files are read and written as streams.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import FormatError
+from .fileformat import write_atomically
 
 BLOCK_BYTES = 1 << 20
 
@@ -101,27 +99,6 @@ def patch_file(source: Path, target: Path, splices: Sequence[Splice]) -> Applied
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from error
     return Applied(before.hexdigest(), after.hexdigest(), size)
-
-
-def write_atomically(path: Path, blocks: Iterable[bytes]) -> None:
-    """Write `blocks` to a temporary name and rename it: a reader never sees half a file.
-
-    Missing parent folders are made. Raises FormatError if it cannot be read or written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _ordered(splices: Sequence[Splice]) -> list[Splice]:
