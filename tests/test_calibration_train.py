@@ -279,21 +279,33 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(REPO)}
 
 
+def kill_soon_after(process, marker: bytes, seconds: float) -> None:
+    """Kill the process `seconds` after its stderr shows the marker (or let it end, if it never does): the
+    moments are those of the run, however fast the machine is."""
+    seen = b""
+    while marker not in seen and (piece := os.read(process.stderr.fileno(), 4096)):
+        seen += piece
+    if marker in seen:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_moments_of_the_command(world, trained, tmp_path):
     rng, killed = random.Random(5), 0
+    # the first kill comes before any step, the others where the run happens to be by then
+    markers = [b"0/9", b"drawn", b"memory", b"step/s", b"round", b"measuring"]
     for attempt in range(20):
         process = subprocess.Popen(
             command(world, tmp_path, "--checkpoint-minutes", "0"),
             cwd=REPO,
             env=environment(),
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
-        if attempt < 6:
-            time.sleep(rng.uniform(3.0, 9.0))
-            process.send_signal(signal.SIGKILL)
-        process.wait(300)
+        if attempt < len(markers):
+            kill_soon_after(process, markers[attempt], rng.uniform(0.0, 0.5) if attempt else 0.0)
+        process.communicate(timeout=300)
         killed += process.returncode == -signal.SIGKILL
         if process.returncode == 0:
             break
