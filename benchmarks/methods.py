@@ -1,0 +1,116 @@
+"""What the trade-off benchmark asks of a method: to make words of clips, at one of its strengths.
+
+Every competitor and every form of ours is one small file in `benchmarks/peers/` whose METHODS lists its
+Method objects. `Setup` is what they may use: the model, its SAEs, the calibration clips with the labels of plain
+Whisper (methods may be fitted on those, never on the test split), and plain Whisper's transcripts of the clips
+that are measured, for methods that only judge what plain Whisper wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from whisper_steer.errors import WhisperSteerError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from whisper.model import Whisper
+
+    from calibration.corpus import Clip
+    from calibration.decoding import ClipTranscript
+    from calibration.hallucinations import Labels
+    from whisper_steer.sae import SparseAutoencoder
+
+
+class Unavailable(WhisperSteerError):
+    """A method cannot run here; the message is the reason, one line."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a method made of one clip.
+
+    text: as the method's runtime returns it. segments: (start, end, text), seconds, in time order. nsp, hr:
+    the two label events of the first greedy pass (a suppressed window counts as recognised non-speech); None
+    where the runtime does not show the scores. seconds: compute time spent on the clip, of one thread of work.
+    """
+
+    text: str
+    segments: tuple[tuple[float, float, str], ...]
+    nsp: bool | None
+    hr: bool | None
+    seconds: float
+
+
+class Method(Protocol):
+    """A competitor, or a form of ours."""
+
+    @property
+    def name(self) -> str:
+        """As in a row's "method"; fixed parameters are part of it: "audiosae-sae-k10"."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """As in a row's "alpha": the range that is swept, ascending; each method says what the number is."""
+
+    @property
+    def about(self) -> str:
+        """One line: what it does, its source, and what its strength means."""
+
+    def prepare(self, setup: Setup) -> None:
+        """Fit or convert what is needed, cached under setup.cache. Raises Unavailable with the reason."""
+
+    def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
+        """One result per clip, in order, as they are finished. The model is left as it was."""
+
+
+@dataclass(eq=False)
+class Setup:
+    """What methods may use. quick: the small calibration sets. plain: transcripts of plain Whisper for
+    clips, each clip decoded once. cache: folder for what methods fit, per model."""
+
+    model: Whisper
+    name: str
+    cache: Path
+    plain: Callable[[Sequence[Clip]], Sequence[Heard]]
+    plain_windows: Callable[[Sequence[Clip]], Sequence[ClipTranscript]]
+    data_dir: Path | None = None
+    quick: bool = False
+    progress: bool = True
+    labels_file: Path | None = None
+    steering: str | None = None
+    memory: dict[str, Any] = field(default_factory=dict)  # what a method keeps between its strengths
+
+    @cached_property
+    def saes(self) -> tuple[SparseAutoencoder, ...]:
+        """The SAEs that are kept for the model, one per layer. Raises Unavailable if there are none."""
+        from whisper_steer.zoo import load_sae
+
+        try:
+            layers = range(self.model.dims.n_audio_layer)
+            return tuple(load_sae(self.name, layer) for layer in layers)
+        except WhisperSteerError as error:
+            raise Unavailable(f"it needs SAEs of every layer: {error}") from error
+
+    @cached_property
+    def calibration(self) -> Mapping[str, Sequence[Clip]]:
+        """The calibration split's sets by name."""
+        from calibration.corpus import eval_sets
+
+        return eval_sets("calibration", data_dir=self.data_dir, quick=self.quick)
+
+    @cached_property
+    def labels(self) -> Mapping[str, Labels]:
+        """What plain Whisper makes of every calibration clip, by clip id."""
+        from calibration.hallucinations import label_clips
+
+        clips = [clip for group in self.calibration.values() for clip in group]
+        return label_clips(self.model, clips, cache=self.labels_file, progress=self.progress)
+
+    def audio(self, clip: Clip) -> np.ndarray:
+        """float32 (n,), 16 kHz."""
+        return clip.load()
