@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import whisper
 from torch import Tensor
-from whisper.audio import N_FRAMES, SAMPLE_RATE
+from whisper.audio import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
 from whisper.decoding import DecodingOptions, DecodingResult
 
 from calibration.activations import cut_window, padded_log_mel
@@ -57,12 +57,15 @@ class ClipTranscript:
         greedy: (no_speech_prob, avg_logprob) of the consecutive 30 s windows at temperature 0: the papers'
             setting.
         seconds: length of the clip.
+        segments: (start, end, text) of what the transcript holds, seconds, in time order; those without text
+            are left out.
     """
 
     text: str
     windows: tuple[DecodedWindow, ...]
     greedy: tuple[tuple[float, float], ...]
     seconds: float
+    segments: tuple[tuple[float, float, str], ...] = ()
 
     @property
     def no_speech_prob(self) -> float:
@@ -217,6 +220,11 @@ def _transcribe_one(model: Whisper, audio: np.ndarray, clip: _Prefetched, langua
         windows=tuple(windows),
         greedy=tuple((float(r.no_speech_prob), float(r.avg_logprob)) for r in clip.results),
         seconds=len(audio) / SAMPLE_RATE,
+        segments=tuple(
+            (float(segment["start"]), float(segment["end"]), segment["text"])
+            for segment in result["segments"]
+            if segment["text"].strip()
+        ),
     )
 
 
@@ -254,6 +262,15 @@ def withhold(transcript: ClipTranscript, withheld: Sequence[bool]) -> ClipTransc
         (1.0, -100.0) if index * N_FRAMES in dropped else score
         for index, score in enumerate(transcript.greedy)
     )
-    return replace(
-        transcript, text="".join(window.text for window in kept), windows=tuple(kept), greedy=greedy
+    spoken = {window.seek for window in kept} - dropped
+    segments = tuple(
+        segment for segment in transcript.segments if _window_of(segment[0], transcript.windows) in spoken
     )
+    text = "".join(window.text for window in kept)
+    return replace(transcript, text=text, windows=tuple(kept), greedy=greedy, segments=segments)
+
+
+def _window_of(start: float, windows: Sequence[DecodedWindow]) -> int:
+    """Seek of the window that a segment beginning at `start` seconds came from: the last one before it."""
+    frame = start * SAMPLE_RATE / HOP_LENGTH + 0.5
+    return max(window.seek for window in windows if window.seek <= frame)

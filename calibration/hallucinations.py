@@ -216,6 +216,7 @@ def transcript_of(data: Mapping[str, Any]) -> ClipTranscript:
         windows=tuple(DecodedWindow(**window) for window in data["windows"]),
         greedy=tuple((p, logprob) for p, logprob in data["greedy"]),
         seconds=data["seconds"],
+        segments=tuple((start, end, text) for start, end, text in data.get("segments", ())),
     )
 
 
