@@ -66,7 +66,8 @@ METHODS: tuple[Method, ...] = (
         quick_strengths=(2.0, 8.0),
         about=(
             "The follow-up's activation vector: mean of clips without minus mean of clips with a "
-            "hallucination, not normalised, last encoder layer (arXiv 2606.07473); strength: its alpha, published: 8"
+            "hallucination, not normalised, last encoder layer (arXiv 2606.07473); strength: its alpha, "
+            "published: 8"
         ),
         edit=fit_activation_vector,
     ),
@@ -75,8 +76,8 @@ METHODS: tuple[Method, ...] = (
         strengths=(1.0, 3.0, 5.0),
         quick_strengths=(3.0,),
         about=(
-            f"The follow-up's shift of {TOP_K} SAE latents, each by its own mean activation, last encoder "
-            "layer (arXiv 2606.07473); strength: its alpha, published: 3"
+            f"The follow-up's shift of {TOP_K} SAE latents, each by its own mean activation, last "
+            "encoder layer (arXiv 2606.07473); strength: its alpha, published: 3"
         ),
         edit=fit_latents,
     ),
