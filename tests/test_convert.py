@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import whisper
-from conftest import make_tiny_whisper
+from conftest import TINY_DIMS, make_tiny_whisper
 from tiny import mel, shift
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
@@ -88,6 +89,25 @@ def test_multilingual_ids(tmp_path: Path) -> None:
     assert generation["lang_to_id"]["<|su|>"] == 50357
     assert generation["task_to_id"] == {"transcribe": 50359, "translate": 50358}
     assert generation["no_timestamps_token_id"] == 50363
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see conftest
+@pytest.mark.parametrize("vocabulary", [51864, 51865, 51866])
+def test_the_folder_and_the_model_in_memory_have_the_same_settings(tmp_path: Path, vocabulary: int) -> None:
+    pytest.importorskip("transformers", reason="pip install whisper-steer[hf]")
+    from whisper_steer.transformers_model import from_openai
+
+    model = make_tiny_whisper(dims=replace(TINY_DIMS, n_vocab=vocabulary))
+    write_folder(model, tmp_path)
+    made = from_openai(model)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    own = made.generation_config.to_dict()
+    assert {key: own[key] for key in generation} == generation
+    languages = {51864: 0, 51865: 99, 51866: 100}[vocabulary]
+    assert len(generation.get("lang_to_id", {})) == languages
+    config = json.loads((tmp_path / "config.json").read_text())
+    named = {key: value for key, value in config.items() if key not in ("architectures", "torch_dtype")}
+    assert {key: getattr(made.config, key) for key in named} == named
 
 
 def test_transformers_computes_the_same(model: Whisper, folder: Path) -> None:

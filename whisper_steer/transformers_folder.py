@@ -12,8 +12,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .convert_hf import CONFIG, DIMS, GENERATION_CONFIG, MODULES, OUTSIDE_BLOCKS, WEIGHTS
+from .convert_hf import CONFIG, GENERATION_CONFIG, MODULES, OUTSIDE_BLOCKS, WEIGHTS
 from .errors import UsageError
+from .transformers_settings import generation_config, model_config, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+
+_KIND = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}
 
 _MODULES_BACK = {openai: theirs for theirs, openai in MODULES.items()}
 _OUTSIDE_BACK = {openai: theirs for theirs, openai in OUTSIDE_BLOCKS.items()}
@@ -63,8 +66,8 @@ def write_folder(model: Whisper, folder: Path, dtype: str = "float32") -> None:
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
     words = _Words(model)
     files = {
-        CONFIG: _config(model, words, dtype),
-        GENERATION_CONFIG: _generation_config(model, words),
+        CONFIG: {**_KIND, **model_config(model, words.own), "torch_dtype": dtype},
+        GENERATION_CONFIG: generation_config(model, words.own),
         PREPROCESSOR_CONFIG: _preprocessor_config(model),
         TOKENIZER_CONFIG: words.config(),
     }
@@ -77,23 +80,11 @@ class _Words:
     """The tokens of a model, as openai-whisper numbers them."""
 
     def __init__(self, model: Whisper) -> None:
-        from whisper.tokenizer import LANGUAGES, get_tokenizer
-
         self.multilingual = model.is_multilingual
-        self.own = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
-        self.languages = list(LANGUAGES)[: model.num_languages]
+        self.own = tokenizer_of(model)
         by_id = sorted((number, name) for name, number in self.own.special_tokens.items())
         self.special = [name for number, name in by_id if number < self.own.timestamp_begin]
         self.timestamps = [name for number, name in by_id if number >= self.own.timestamp_begin]
-
-    def id(self, token: str) -> int:
-        return self.own.special_tokens[f"<|{token}|>"]
-
-    def suppressed(self) -> list[int]:
-        """What `suppress_tokens="-1"` means: symbols that are not spoken, and tokens of the protocol."""
-        own = self.own
-        protocol = {own.transcribe, own.translate, own.sot, own.sot_prev, own.sot_lm, own.no_speech}
-        return sorted({*own.non_speech_tokens, *protocol})
 
     def tokenizer(self) -> Tokenizer:
         from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -135,59 +126,6 @@ class _Words:
             "model_max_length": 1024,
             "return_attention_mask": False,
         }
-
-
-def _config(model: Whisper, words: _Words, dtype: str) -> dict[str, Any]:
-    dims = model.dims
-    sizes = {key: int(getattr(dims, field)) for field, key in DIMS.items()}
-    return {
-        "architectures": ["WhisperForConditionalGeneration"],
-        "model_type": "whisper",
-        **sizes,
-        "encoder_ffn_dim": 4 * dims.n_audio_state,
-        "decoder_ffn_dim": 4 * dims.n_text_state,
-        "activation_function": "gelu",
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
-        "scale_embedding": False,
-        "is_encoder_decoder": True,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        **_ids(words),
-    }
-
-
-def _ids(words: _Words) -> dict[str, int]:
-    end = words.own.eot
-    return {
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": end,
-        "decoder_start_token_id": words.own.sot,
-    }
-
-
-def _generation_config(model: Whisper, words: _Words) -> dict[str, Any]:
-    heads = model.alignment_heads.to_dense().nonzero().tolist()
-    config: dict[str, Any] = {
-        **_ids(words),
-        "alignment_heads": heads,
-        "begin_suppress_tokens": [*words.own.encoding.encode(" "), words.own.eot],
-        "is_multilingual": words.multilingual,
-        "max_initial_timestamp_index": 50,  # 1 s, openai-whisper's default
-        "max_length": model.dims.n_text_ctx,
-        "no_timestamps_token_id": words.own.no_timestamps,
-        "prev_sot_token_id": words.own.sot_prev,
-        "return_timestamps": False,
-        "suppress_tokens": words.suppressed(),
-    }
-    if words.multilingual:
-        config["lang_to_id"] = {f"<|{code}|>": words.id(code) for code in words.languages}
-        config["task_to_id"] = {"transcribe": words.own.transcribe, "translate": words.own.translate}
-    return config
 
 
 def _preprocessor_config(model: Whisper) -> dict[str, Any]:

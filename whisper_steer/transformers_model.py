@@ -9,14 +9,13 @@ import torch
 from whisper.model import Whisper
 from whisper.tokenizer import get_tokenizer
 
-from .convert_hf import DIMS, openai_name
+from .convert_hf import openai_name
 from .errors import FormatError, ModelError
 from .fileformat import model_name
+from .transformers_settings import generation_config, model_config
 
 if TYPE_CHECKING:
     from whisper.tokenizer import Tokenizer
-
-MAX_INITIAL_TIMESTAMP = 50  # openai-whisper: the first timestamp is at most 1 s, in steps of 20 ms
 
 
 def require_transformers() -> Any:
@@ -48,15 +47,7 @@ def from_openai(model: Whisper) -> Any:
         raise FormatError(
             f"the model has {model.dims.n_vocab} tokens: expected Whisper's 51864, 51865 or 51866"
         )
-    sizes = {key: getattr(model.dims, name) for name, key in DIMS.items()}
-    special = {
-        "pad_token_id": tokenizer.eot,
-        "bos_token_id": tokenizer.eot,
-        "eos_token_id": tokenizer.eot,
-        "decoder_start_token_id": tokenizer.sot,
-    }
-    feed_forward = {f"{part}_ffn_dim": 4 * sizes["d_model"] for part in ("encoder", "decoder")}
-    config = transformers.WhisperConfig(**sizes, **special, **feed_forward, dropout=0.0)
+    config = transformers.WhisperConfig(**model_config(model, tokenizer))
     # made without memory first: initialising weights that are replaced at once takes seconds
     with torch.device("meta"):
         converted = transformers.WhisperForConditionalGeneration(config)
@@ -66,28 +57,5 @@ def from_openai(model: Whisper) -> Any:
     converted.load_state_dict(weights, strict=False, assign=True)
     converted.tie_weights()
     converted.name_or_path = model_name(model)
-    converted.generation_config = _generation_config(transformers, model, tokenizer, special)
+    converted.generation_config = transformers.GenerationConfig(**generation_config(model, tokenizer))
     return converted.eval().requires_grad_(False)
-
-
-def _generation_config(transformers: Any, model: Whisper, tokenizer: Tokenizer, special: Any) -> Any:
-    first = tokenizer.sot_prev
-    multilingual: dict[str, Any] = {}
-    if model.is_multilingual:
-        codes = zip(tokenizer.all_language_codes, tokenizer.all_language_tokens, strict=True)
-        multilingual["lang_to_id"] = {f"<|{code}|>": token for code, token in codes}
-        multilingual["task_to_id"] = {"transcribe": tokenizer.transcribe, "translate": tokenizer.translate}
-    silent = (tokenizer.transcribe, tokenizer.translate, tokenizer.sot, first, tokenizer.sot_lm)
-    return transformers.GenerationConfig(
-        **special,
-        **multilingual,
-        is_multilingual=model.is_multilingual,
-        max_length=model.dims.n_text_ctx,
-        no_timestamps_token_id=tokenizer.no_timestamps,
-        prev_sot_token_id=first,
-        max_initial_timestamp_index=MAX_INITIAL_TIMESTAMP,
-        return_timestamps=False,
-        suppress_tokens=sorted({*tokenizer.non_speech_tokens, *silent, tokenizer.no_speech}),
-        begin_suppress_tokens=[*tokenizer.encode(" "), tokenizer.eot],
-        alignment_heads=model.alignment_heads.indices().T.tolist(),
-    )
