@@ -1,7 +1,7 @@
 """A model in another runtime's format: openai-whisper's .pt, transformers, CTranslate2, whisper.cpp.
 
 CTranslate2's files are made by its own converter out of a transformers folder; the others are written here
-(transformers_folder.py, ggml_file.py).
+(transformers_folder.py, ggml_file.py). All four can be converted from, too (loading.py).
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def convert(
 ) -> Path:
     """Write a model for another runtime; returns the path of the file (openai, ggml) or folder written.
 
-    model: what load_model takes, or a plain loaded model. format: one of FORMATS. out: must not exist yet;
-    None: named after model and format, in the current folder. dtype: one of DTYPES[format]; None: its first.
+    model: what load_model takes (a CTranslate2 folder and a whisper.cpp file too), or a plain loaded model.
+    format: one of FORMATS. out: must not exist yet; None: named after model and format, in the current
+    folder. dtype: one of DTYPES[format]; None: its first.
 
     Raises UsageError (unknown format or dtype, `out` exists, a package is missing, the model is steered),
     ModelError and FormatError (cannot be loaded or written).
@@ -111,7 +112,11 @@ def write_new(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _name_of(model: str | Path | Whisper) -> str:
-    return str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name", None) or "model")
+    if not isinstance(model, (str, Path)):
+        return str(getattr(model, "name", None) or "model")
+    from .convert_from import runtime_name
+
+    return runtime_name(Path(model).expanduser()) or str(model)
 
 
 def _plain(model: str | Path | Whisper, download_root: str | Path | None) -> Whisper:

@@ -122,7 +122,7 @@ def load_transformers(folder: str | Path) -> Whisper:
     config.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if config.get("model_type") != "whisper":
         raise FormatError(
             f"{folder}: config.json is of a {config.get('model_type')!r} model, expected 'whisper'"
@@ -136,7 +136,9 @@ def load_transformers(folder: str | Path) -> Whisper:
     except FormatError as error:
         raise FormatError(f"{folder}: {error}") from error
     model = build_model(dims, weights, str(folder))
-    _set_alignment_heads(model, folder)
+    generation = folder / GENERATION_CONFIG
+    heads = read_json(generation).get("alignment_heads") if generation.is_file() else None
+    set_heads(model, heads, generation)
     return model
 
 
@@ -159,21 +161,22 @@ def build_model(dims: ModelDimensions, weights: Mapping[str, Tensor], source: st
     return model.eval()
 
 
-def _set_alignment_heads(model: Whisper, folder: Path) -> None:
-    path = folder / GENERATION_CONFIG
-    heads = _read_json(path).get("alignment_heads") if path.is_file() else None
+def set_heads(model: Whisper, heads: Any, source: Path) -> None:
+    """Make `heads`, a list of (layer, head), those for word timestamps; None or none: leave openai-whisper's
+    choice, the upper half of the decoder. Raises FormatError, naming `source`, if they do not fit."""
     if not heads:
-        return  # Whisper.__init__ has chosen the upper half of the decoder layers
+        return
     mask = torch.zeros(model.dims.n_text_layer, model.dims.n_text_head, dtype=torch.bool)
     try:
         for layer, head in heads:
             mask[layer, head] = True
     except (IndexError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: alignment_heads do not fit the model ({error})") from error
+        raise FormatError(f"{source}: alignment_heads do not fit the model ({error})") from error
     model.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises FormatError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -198,7 +201,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def shard_names(index: Path) -> list[str]:
     """Names of the files that an index lists; a name that leaves the folder is refused."""
-    mapping = _read_json(index).get("weight_map")
+    mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise FormatError(f"{index}: no weight_map in it")
     names = sorted({str(name) for name in mapping.values()})

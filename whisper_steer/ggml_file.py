@@ -99,7 +99,7 @@ def read_layout(path: str | Path) -> GgmlLayout:
 def read_tensors(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
     """Tensors whose name begins with `prefix`, as float32, by name.
 
-    Raises FormatError like `read_layout`, and for types other than f32, f16, q8_0 and q5_0.
+    Raises FormatError like `read_layout`, and for types that ggml_quant does not read.
     """
     with _opened(path) as file:
         layout = parse_layout(file, str(path))

@@ -1,8 +1,11 @@
-"""ggml's tensor types: sizes of all that occur in Whisper files; f32, f16, q8_0 and q5_0 read and written.
+"""ggml's tensor types: sizes of all that occur in Whisper files; f32, f16, q8_0 and q5_0 read and written,
+bf16, q4_0, q4_1 and q5_1 read.
 
 A quantised row is cut into blocks of 32 (k-types: 256) neighbouring values. q8_0: f16 scale d and 32 signed
 bytes, value = d q. q5_0: f16 scale d, 32 fifth bits (u32), 16 bytes with the low four bits of value i and of
-value i + 16; value = d (q - 16). Rounding as ggml's own reference quantisers do it (ggml/src/ggml-quants.c).
+value i + 16; value = d (q - 16). q4_0: without the fifth bits, value = d (q - 8). q5_1 and q4_1: f16 scale d
+and f16 minimum m, value = d q + m. Rounding as ggml's own reference quantisers do it
+(ggml/src/ggml-quants.c).
 """
 
 from __future__ import annotations
@@ -46,14 +49,22 @@ TYPES = {
     )
 }
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
-READABLE = ("f32", "f16", "q8_0", "q5_0")
+WRITABLE = ("f32", "f16", "q8_0", "q5_0")
+READABLE = (*WRITABLE, "q5_1", "q4_0", "q4_1", "bf16")
 
 _Q8 = np.dtype([("d", "<f2"), ("q", "i1", (32,))])
 _Q5 = np.dtype([("d", "<f2"), ("high", "<u4"), ("low", "u1", (16,))])
+_BLOCKS = {
+    "q8_0": _Q8,
+    "q5_0": _Q5,
+    "q5_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("high", "<u4"), ("low", "u1", (16,))]),
+    "q4_0": np.dtype([("d", "<f2"), ("low", "u1", (16,))]),
+    "q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("low", "u1", (16,))]),
+}
 
 
 def encode(values: np.ndarray, kind: str) -> bytes:
-    """float values, any shape, as a tensor of one of READABLE; blocks run along the last axis.
+    """float values, any shape, as a tensor of one of WRITABLE; blocks run along the last axis.
 
     Raises UsageError: another type, a last axis that is no multiple of 32 for q8_0 and q5_0, or values that
     f16 cannot hold.
@@ -63,8 +74,8 @@ def encode(values: np.ndarray, kind: str) -> bytes:
         return flat.astype("<f4").tobytes()
     if kind == "f16":
         return _half(flat).tobytes()
-    if kind not in READABLE:
-        raise UsageError(f"tensor type {kind!r}: expected one of {', '.join(READABLE)}")
+    if kind not in WRITABLE:
+        raise UsageError(f"tensor type {kind!r}: expected one of {', '.join(WRITABLE)}")
     if flat.shape[-1] % BLOCK:
         raise UsageError(f"{kind} needs rows of a multiple of {BLOCK} values, got rows of {flat.shape[-1]}")
     blocks = flat.reshape(-1, BLOCK)
@@ -75,17 +86,22 @@ def decode(data: bytes, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor's bytes as float32 of `shape`. Raises FormatError for a type that is not in READABLE."""
     if kind in ("f32", "f16"):
         return np.frombuffer(data, "<f4" if kind == "f32" else "<f2").reshape(shape).astype(np.float32)
-    if kind == "q8_0":
-        blocks = np.frombuffer(data, _Q8)
-        values = blocks["q"].astype(np.float32)
-    elif kind == "q5_0":
-        blocks = np.frombuffer(data, _Q5)
-        low = np.concatenate([blocks["low"] & 0xF, blocks["low"] >> 4], axis=1)
-        fifth = (blocks["high"][:, None] >> np.arange(BLOCK, dtype=np.uint32)) & 1
-        values = (low | (fifth << 4)).astype(np.float32) - 16
-    else:
+    if kind == "bf16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    if kind not in READABLE:
         raise FormatError(f"tensors of type {kind} cannot be read: expected {', '.join(READABLE)}")
-    return (values * blocks["d"].astype(np.float32)[:, None]).reshape(shape)
+    blocks = np.frombuffer(data, _BLOCKS[kind])
+    scale = blocks["d"].astype(np.float32)[:, None]
+    if kind == "q8_0":
+        return (blocks["q"].astype(np.float32) * scale).reshape(shape)
+    codes = np.concatenate([blocks["low"] & 0xF, blocks["low"] >> 4], axis=1)
+    if "high" in blocks.dtype.names:
+        fifth = (blocks["high"][:, None] >> np.arange(BLOCK, dtype=np.uint32)) & 1
+        codes = codes | (fifth << 4).astype(np.uint8)
+    values = codes.astype(np.float32)
+    if "m" in blocks.dtype.names:
+        return (values * scale + blocks["m"].astype(np.float32)[:, None]).reshape(shape)
+    return ((values - (16 if kind == "q5_0" else 8)) * scale).reshape(shape)
 
 
 def _encode_q8(blocks: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import whisper
 from whisper.model import ModelDimensions, Whisper
 
 from .compact import unpack_model
+from .convert_from import load_ct2, load_ggml, runtime_name
 from .convert_hf import (
     CONFIG,
     GENERATION_CONFIG,
@@ -28,6 +29,7 @@ from .convert_hf import (
     read_pickle,
     shard_names,
 )
+from .ct2_file import MODEL_FILE as CT2_FILE
 from .errors import FormatError, ModelError, WhisperSteerError
 from .zoo import MODEL_FILE
 
@@ -35,16 +37,23 @@ logger = logging.getLogger("whisper_steer")
 
 
 def load_path(path: Path) -> tuple[Whisper, str]:
-    """(model, name taken from the path): a .pt checkpoint, a compact model file, or a folder.
+    """(model, name taken from the path): a .pt checkpoint, a compact model file, a whisper.cpp file, or a
+    folder (transformers, CTranslate2, or our own).
 
     Raises FormatError (damaged), ModelError (a folder without a model).
     """
+    foreign = runtime_name(path)
+    if foreign is not None:
+        return (load_ct2(path) if path.is_dir() else load_ggml(path)), foreign
     if path.is_dir():
         if is_transformers_folder(path):
             return load_transformers(path), path.resolve().name
         if (path / MODEL_FILE).is_file():
             return unpack_model(path / MODEL_FILE)[0], path.resolve().name
-        raise ModelError(f"{path}: no model in this folder; expected {CONFIG} (transformers) or {MODEL_FILE}")
+        raise ModelError(
+            f"{path}: no model in this folder; expected {CONFIG} (transformers), {CT2_FILE} (CTranslate2) or "
+            f"{MODEL_FILE}"
+        )
     if path.suffix == ".safetensors":
         model, metadata = unpack_model(path)
         folder_name = path.resolve().parent.name if path.name == MODEL_FILE else path.stem
