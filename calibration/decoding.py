@@ -10,7 +10,7 @@ does happens in the batch too.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,20 +159,31 @@ def transcribe_clips(
 
 
 def iterate_transcripts(
-    model: Whisper, audios: Iterable[np.ndarray], *, batch: int = 8, language: str = "en"
+    model: Whisper,
+    audios: Iterable[np.ndarray],
+    *,
+    batch: int = 8,
+    language: str = "en",
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[ClipTranscript]:
-    """Like `transcribe_clips`, one group of `batch` clips in memory at a time."""
+    """Like `transcribe_clips`, one group of `batch` clips in memory at a time.
+
+    options: further ones of `whisper.transcribe` that do not concern the first greedy pass, such as its
+    thresholds.
+    """
     group: list[np.ndarray] = []
     for audio in audios:
         group.append(np.ascontiguousarray(audio, dtype=np.float32))
         if len(group) == batch:
-            yield from _transcribe_group(model, group, language)
+            yield from _transcribe_group(model, group, language, options or {})
             group = []
     if group:
-        yield from _transcribe_group(model, group, language)
+        yield from _transcribe_group(model, group, language, options or {})
 
 
-def _transcribe_group(model: Whisper, audios: list[np.ndarray], language: str) -> Iterator[ClipTranscript]:
+def _transcribe_group(
+    model: Whisper, audios: list[np.ndarray], language: str, options: Mapping[str, Any]
+) -> Iterator[ClipTranscript]:
     clips: list[_Prefetched] = []
     for audio in audios:
         mel, content = padded_log_mel(audio, model.dims.n_mels)
@@ -185,17 +196,25 @@ def _transcribe_group(model: Whisper, audios: list[np.ndarray], language: str) -
     for clip in clips:
         clip.results, results = results[: len(clip.windows)], results[len(clip.windows) :]
     for audio, clip in zip(audios, clips, strict=True):
-        yield _transcribe_one(model, audio, clip, language)
+        yield _transcribe_one(model, audio, clip, language, options)
 
 
-def _transcribe_one(model: Whisper, audio: np.ndarray, clip: _Prefetched, language: str) -> ClipTranscript:
+def _transcribe_one(
+    model: Whisper, audio: np.ndarray, clip: _Prefetched, language: str, options: Mapping[str, Any]
+) -> ClipTranscript:
     stand_in = _AnsweringModel(model, clip)
     fp16 = model.device.type != "cpu"
     with torch.random.fork_rng(devices=[] if not fp16 else None):
         torch.manual_seed(
             zlib.crc32(audio.tobytes())
         )  # sampling at higher temperatures repeats with the audio
-        result = whisper.transcribe(stand_in, audio, language=language, fp16=fp16)  # type: ignore[arg-type]
+        result = whisper.transcribe(
+            stand_in,  # type: ignore[arg-type]
+            audio,
+            language=language,
+            fp16=fp16,
+            **options,
+        )
     texts: dict[int, str] = {}
     for segment in result["segments"]:
         texts[segment["seek"]] = texts.get(segment["seek"], "") + segment["text"]

@@ -1,0 +1,166 @@
+"""A linear gate on the frozen encoder's state: one logistic regression per window, no steering.
+
+The probe reads the mean of the last block's output over the window's true frames and says whether somebody
+speaks; it is fitted on calibration clips, speech against non-speech. A window below the threshold gives no
+text. The threshold is set by the share of calibration speech that may fall below it, on scores of folds that
+the probe was not fitted on.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.peers.judging import judge
+
+if TYPE_CHECKING:
+    from calibration.corpus import Clip
+    from calibration.decoding import ClipTranscript
+
+_GATE, _SCORES = "linear gate", "linear gate's scores"
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class LinearGate:
+    """score(state) = coef . state + intercept: the logit that somebody speaks.
+
+    Attributes:
+        coef: (d_model,). held_out: scores of the calibration speech clips, from folds not fitted on.
+    """
+
+    coef: np.ndarray
+    intercept: float
+    held_out: np.ndarray
+
+    def score(self, state: np.ndarray) -> float:
+        """state: (d_model,)."""
+        return float(self.coef @ state + self.intercept)
+
+    def threshold(self, rejected: float) -> float:
+        """The score that the share `rejected` (0..1) of the calibration speech does not reach."""
+        return float(np.quantile(self.held_out, rejected))
+
+
+def fit_gate(states: np.ndarray, speech: np.ndarray, *, seed: int = 0) -> LinearGate:
+    """states: (clips, d_model) mean activations; speech: (clips,) bool, both kinds at least twice."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(C=1.0, max_iter=2000, class_weight="balanced")
+    probe = make_pipeline(StandardScaler(), regression)
+    folds = min(FOLDS, int(speech.sum()), int((~speech).sum()))
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    held_out = cross_val_predict(probe, states, speech, cv=splits, method="decision_function")
+    probe.fit(states, speech)
+    scaler = probe[0]
+    coef = regression.coef_[0] / scaler.scale_
+    return LinearGate(coef, float(regression.intercept_[0] - coef @ scaler.mean_), held_out[speech])
+
+
+def window_states(setup: Setup, clip: Clip, transcript: ClipTranscript) -> np.ndarray:
+    """(windows, d_model): mean of the last block's output over the frames that every decoded window covers.
+
+    Clips of up to 30 s are encoded as they were decoded; in longer ones a later window is read from the
+    consecutive 30 s windows."""
+    from calibration.activations import encode_clip
+
+    frames = encode_clip(setup.model, setup.audio(clip), [_last(setup)]).frames[0].cpu().numpy()
+    states = []
+    for window in transcript.windows:
+        first = min(window.seek // 2, len(frames) - 1)  # an encoder frame is two mel frames
+        states.append(frames[first : max(first + 1, (window.seek + window.size) // 2)].mean(axis=0))
+    return np.stack(states)
+
+
+def _last(setup: Setup) -> int:
+    return int(setup.model.dims.n_audio_layer) - 1
+
+
+def _fit(setup: Setup) -> LinearGate:
+    from calibration.evaluate import evenly
+
+    clips = [clip for group in setup.calibration.values() for clip in group]
+    nonspeech = [clip for clip in clips if clip.kind == "nonspeech"]
+    speech = [clip for clip in clips if clip.kind != "nonspeech"]
+    if min(len(speech), len(nonspeech)) < 2:
+        raise Unavailable("it is fitted on speech and non-speech clips, and the calibration split lacks one")
+    chosen = [*evenly(speech, 2 * len(nonspeech)), *nonspeech]
+    states = _states(setup, chosen)
+    return fit_gate(states, np.array([clip.kind != "nonspeech" for clip in chosen]))
+
+
+def _states(setup: Setup, clips: Sequence[Clip]) -> np.ndarray:
+    """(clips, d_model) of the clips' first windows, kept in setup.cache."""
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.files import write_whole
+    from calibration.activations import cut_window, encode_windows, padded_log_mel, true_frames
+
+    path: Path = setup.cache / "linear-gate-states.npz"
+    ids = np.array([f"{clip.category}:{clip.id}" for clip in clips])
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as kept:
+            if np.array_equal(kept["ids"], ids):
+                return np.asarray(kept["states"])
+    states = []
+    with tqdm(
+        total=len(clips), desc="encoding", unit="clip", file=sys.stderr, disable=not setup.progress
+    ) as bar:
+        for start in range(0, len(clips), 8):
+            audios = [setup.audio(clip) for clip in clips[start : start + 8]]
+            mels = [cut_window(*padded_log_mel(audio, setup.model.dims.n_mels), seek=0) for audio in audios]
+            encoded = encode_windows(setup.model, torch.stack(mels), [_last(setup)])[0].cpu()
+            for x, audio in zip(encoded, audios, strict=True):
+                states.append(x[: max(1, true_frames(len(audio)))].mean(dim=0).numpy())
+                bar.update()
+    buffer = io.BytesIO()
+    np.savez(buffer, ids=ids, states=np.stack(states))
+    write_whole(path, buffer.getvalue())
+    return np.stack(states)
+
+
+@dataclass(frozen=True)
+class LinearGatePeer:
+    """See benchmarks.methods.Method; strength is the share of calibration speech rejected."""
+
+    name: str = "linear-gate"
+    strengths: tuple[float, ...] = (0.001, 0.005, 0.01, 0.03, 0.1)
+    about: str = (
+        "logistic regression on the mean of the encoder's last block, fitted on calibration clips, withholds "
+        "windows of plain Whisper; strength: share of calibration speech below its threshold"
+    )
+
+    def prepare(self, setup: Setup) -> None:
+        if _GATE not in setup.memory:
+            setup.memory[_GATE] = _fit(setup)
+
+    def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
+        self.prepare(setup)
+        gate: LinearGate = setup.memory[_GATE]
+        threshold = gate.threshold(strength)
+        return judge(setup, clips, lambda clip, transcript: _gated(setup, gate, threshold, clip, transcript))
+
+
+def _gated(
+    setup: Setup, gate: LinearGate, threshold: float, clip: Clip, transcript: ClipTranscript
+) -> ClipTranscript:
+    from calibration.decoding import withhold
+
+    scores: dict[Clip, list[float]] = setup.memory.setdefault(_SCORES, {})
+    if clip not in scores:  # the same at every threshold
+        scores[clip] = [gate.score(state) for state in window_states(setup, clip, transcript)]
+    return withhold(transcript, [score < threshold for score in scores[clip]])
+
+
+METHODS: tuple[Method, ...] = (LinearGatePeer(),)
