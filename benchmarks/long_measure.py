@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jiwer
+import numpy as np
 
 from benchmarks.long_truth import LongRecording, LongSegment
 from calibration.evaluate import normalise
@@ -43,51 +44,98 @@ class LongCounts:
 
 @dataclass(frozen=True)
 class TimedWord:
-    """A normalised word at `time` (seconds), of a heard segment that lasts from `start` to `end`."""
+    """A normalised word at `time` (seconds), of segment number `segment`, which lasts from `start` to
+    `end`."""
 
     word: str
     time: float
+    segment: int
     start: float
     end: float
 
 
-def timed_words(heard: Sequence[tuple[float, float, str]]) -> list[TimedWord]:
-    """The words of segments (start, end, text), spread evenly: word i of n at start + (i + 1/2) / n of it."""
+def spread(segments: Sequence[tuple[float, float, str]]) -> list[TimedWord]:
+    """The words of segments (start, end, text): word i of n at start + (i + 1/2) / n of the length."""
     found = []
-    for start, end, text in heard:
+    for number, (start, end, text) in enumerate(segments):
         words = normalise(text).split()
         for index, word in enumerate(words):
-            found.append(TimedWord(word, start + (end - start) * (index + 0.5) / len(words), start, end))
+            time = start + (end - start) * (index + 0.5) / len(words)
+            found.append(TimedWord(word, time, number, start, end))
     return found
 
 
 def measure(recording: LongRecording, segments_heard: Sequence[tuple[float, float, str]]) -> LongCounts:
     """Counts of one recording. segments_heard: (start, end, text), seconds, in time order.
 
-    A word is invented if its interpolated time lies more than 0.5 s from all speech, unless the alignment of
-    the whole transcript matches it with a word that was spoken within its segment (whose times were then too
-    wide). The others are aligned with the reference again, so that no invented word stands in for a lost one.
+    A word is invented if its time lies more than 0.5 s from all speech; see `word_times`. The others are
+    aligned with the reference again, so that no invented word stands in for a lost one.
     """
-    truth = [
-        (word, segment) for segment in recording.speech for word in normalise(segment.text or "").split()
-    ]
-    words = timed_words(segments_heard)
+    truth = spread([(segment.start, segment.end, segment.text or "") for segment in recording.speech])
+    end = recording.seconds  # Whisper's last segment may end with its window, after the audio
+    words = spread([(min(first, end), min(last, end), text) for first, last, text in segments_heard])
+    times = word_times(truth, words)
     stretches = quiet_stretches(recording)
-    matched = _matched(truth, words)
-    outside = {
-        index
-        for index, word in enumerate(words)
-        if index not in matched and not _near_speech(recording.speech, word.time)
-    }
-    invented = sum(_within(stretches, words[index].time) for index in outside)
-    counts = (0, 0, 0)
-    if all(segment.text for segment in recording.speech):
-        kept = " ".join(word.word for index, word in enumerate(words) if index not in outside)
-        counts = _errors(" ".join(word for word, _ in truth), kept)
-    else:
-        truth = []  # a part of the reference is not known
+    invented = sum(_within(stretches, time) for time in times)
     minutes = sum(end - start for start, end in stretches) / 60
+    if not all(segment.text for segment in recording.speech):  # a part of the reference is not known
+        return LongCounts(invented, minutes, 0, 0, 0, 0)
+    kept = [
+        word.word for word, time in zip(words, times, strict=True) if _near_speech(recording.speech, time)
+    ]
+    counts = _errors(" ".join(word.word for word in truth), " ".join(kept))
     return LongCounts(invented, minutes, len(truth), *counts)
+
+
+def word_times(truth: Sequence[TimedWord], heard: Sequence[TimedWord]) -> list[float]:
+    """When the heard words were written down, in seconds, one each.
+
+    Whisper's segments often begin in the silence before their speech, so spreading alone would place
+    recognised words there. Both transcripts are aligned first: a word that is that of the reference takes its
+    time if it was spoken while the heard segment lasts, and so do words in the place of others between the
+    same two segments. The rest is interpolated between these and its segment's ends.
+    """
+    times = [word.time for word in heard]
+    anchors = _anchors(truth, heard)
+    place = 0
+    while place < len(heard):
+        segment = heard[place].segment
+        last = place
+        while last < len(heard) and heard[last].segment == segment:
+            last += 1
+        known = [(index + 0.5, anchors[index]) for index in range(place, last) if index in anchors]
+        if known:
+            points = [(float(place), heard[place].start), *known, (float(last), heard[place].end)]
+            middles = np.arange(place, last) + 0.5
+            times[place:last] = np.interp(middles, *zip(*points, strict=True)).tolist()
+        place = last
+    return times
+
+
+def _anchors(truth: Sequence[TimedWord], heard: Sequence[TimedWord]) -> dict[int, float]:
+    """Heard word -> time of the spoken word that it stands for, within its segment's length."""
+    if not truth or not heard:
+        return {}
+    aligned = jiwer.process_words(
+        " ".join(word.word for word in truth), " ".join(word.word for word in heard)
+    )
+    pairs = [
+        (chunk.hyp_start_idx + offset, chunk.ref_start_idx + offset, chunk.type == "equal")
+        for chunk in aligned.alignments[0]
+        if chunk.type in ("equal", "substitute")
+        for offset in range(chunk.hyp_end_idx - chunk.hyp_start_idx)
+    ]
+    near = [
+        (ours, theirs, equal)
+        for ours, theirs, equal in pairs
+        if heard[ours].start - MARGIN <= truth[theirs].time <= heard[ours].end + MARGIN
+    ]
+    recognised = {(heard[ours].segment, truth[theirs].segment) for ours, theirs, equal in near if equal}
+    return {
+        ours: min(max(truth[theirs].time, heard[ours].start), heard[ours].end)
+        for ours, theirs, _ in near
+        if (heard[ours].segment, truth[theirs].segment) in recognised
+    }
 
 
 def quiet_stretches(recording: LongRecording) -> list[tuple[float, float]]:
@@ -109,29 +157,8 @@ def _near_speech(speech: Sequence[LongSegment], time: float) -> bool:
 
 
 def _within(stretches: Sequence[tuple[float, float]], time: float) -> bool:
-    """Times after the end of the recording count as in a last stretch that reaches it."""
-    if not stretches:
-        return False
     place = bisect_right(stretches, (time, float("inf"))) - 1
-    if place < 0:
-        return False
-    return time < stretches[place][1]
-
-
-def _matched(truth: Sequence[tuple[str, LongSegment]], words: Sequence[TimedWord]) -> set[int]:
-    """Words that are those of the reference, spoken while their segment lasts (or within the margin)."""
-    if not truth or not words:
-        return set()
-    found = set()
-    aligned = jiwer.process_words(" ".join(word for word, _ in truth), " ".join(word.word for word in words))
-    for chunk in aligned.alignments[0]:
-        if chunk.type == "equal":
-            for offset in range(chunk.hyp_end_idx - chunk.hyp_start_idx):
-                spoken = truth[chunk.ref_start_idx + offset][1]
-                word = words[chunk.hyp_start_idx + offset]
-                if word.start - MARGIN <= spoken.end and word.end + MARGIN >= spoken.start:
-                    found.add(chunk.hyp_start_idx + offset)
-    return found
+    return place >= 0 and time <= stretches[place][1]
 
 
 def _errors(reference: str, hypothesis: str) -> tuple[int, int, int]:
