@@ -1,4 +1,4 @@
-"""A bag of hallucinations: sentences that plain Whisper writes over non-speech are deleted wherever they stand.
+"""A bag of hallucinations: sentences that plain Whisper writes over non-speech are deleted.
 
 The bag begins with phrases that users report of Whisper in several languages and goes on with what plain
 Whisper wrote over the calibration split's non-speech, the most frequent first (the idea: Baranski et al.,
