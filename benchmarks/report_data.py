@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.failures import Failure, worst_failures
-from benchmarks.frontiers import OURS, PLAIN, Setting, paired_rise, reference_setting, settings_of
+from benchmarks.frontiers import (
+    OURS,
+    PLAIN,
+    Setting,
+    paired_rise,
+    rate_of,
+    reference_setting,
+    settings_of,
+)
 from benchmarks.hearing_cache import PAIRED, ROWS, ClipRecord, HearingCache, read_clips, read_run
 from calibration.evaluate import Rate
 from whisper_steer.errors import FormatError, WhisperSteerError
@@ -128,3 +136,31 @@ def gate_threshold(run: Mapping[str, Any]) -> float | None:
     except WhisperSteerError:
         return None  # the file is gone: the picture does without the line
     return None if gate is None else 1 / (1 + math.exp(-gate.window_threshold(1.0)))
+
+
+def set_rows(
+    rows: Sequence[Mapping[str, Any]], rate: str
+) -> dict[str, dict[tuple[str, float], Mapping[str, Any]]]:
+    """set -> (method, strength) -> row, of the single sets (no pools) in which `rate` was measured."""
+    found: dict[str, dict[tuple[str, float], Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["set"] != "all" and not row["set"].startswith("all_") and row.get(rate) is not None:
+            found.setdefault(row["set"], {})[row["method"], float(row["alpha"])] = row
+    for sets in found.values():  # plain Whisper's rows may stand only as strength 0 of other methods
+        zero = next((row for (_, strength), row in sets.items() if strength == 0), None)
+        if zero is not None:
+            sets.setdefault((PLAIN, 0.0), zero)
+    return found
+
+
+def category_rates(
+    rows: Sequence[Mapping[str, Any]], rate: str, shown: Mapping[str, Setting]
+) -> dict[str, dict[str, Rate]]:
+    """set -> label -> the rate of the setting under that label."""
+    panels: dict[str, dict[str, Rate]] = {}
+    for name, sets in set_rows(rows, rate).items():
+        for label, one in shown.items():
+            found = rate_of(sets.get((one.method, one.strength), {}), rate)
+            if found is not None:
+                panels.setdefault(name, {})[label] = found
+    return panels

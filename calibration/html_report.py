@@ -31,8 +31,8 @@ PEAK = 0.9  # level to which quiet sounds are raised, so that they can be heard
 MAX_SECONDS = 30.0  # what a player holds at most
 # in order of preference: codec, container, media type, bits per second (None: lossless)
 CODECS = (
-    ("libmp3lame", "mp3", "audio/mpeg", 48_000),
-    ("libopus", "ogg", "audio/ogg", 32_000),
+    ("libmp3lame", "mp3", "audio/mpeg", 32_000),
+    ("libopus", "ogg", "audio/ogg", 24_000),
     ("flac", "flac", "audio/flac", None),
 )
 

@@ -1,0 +1,182 @@
+"""The tables of a trade-off report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.frontiers import MAX_COST, OURS, PLAIN, Setting, rate_of, representatives
+from benchmarks.report_data import ReportData, set_rows
+from calibration.evaluate import Rate
+from calibration.html_report import Markup, Row, details, facts, joined, paragraph, section, table, text
+
+PAIRED = {"text_fpr": "text-FPR, points", "wer": "WER, points", "empty_speech": "empty speech, points"}
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """0.0312 -> "3.1 %"."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def points(fraction: float) -> str:
+    """0.0003 -> "+0.03 points"; 0 has no sign."""
+    value = round(100 * fraction, 2)
+    return f"{value:+.2f} points".replace("-", "−") if value else "±0 points"
+
+
+def amount(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def interval(rate: Rate | None, scale: float = 100.0, digits: int = 1, sign: bool = False) -> Markup:
+    """A value with its interval in small print; None is a dash."""
+    if rate is None:
+        return text(None)
+    form = f"{'+' if sign else ''}.{digits}f"
+    shown = format(scale * rate.value, form)
+    if rate.lo == rate.hi == rate.value and sign:  # the interval of the difference is not known
+        return text(shown.replace("-", "−"))
+    span = f"[{scale * rate.lo:{form}}, {scale * rate.hi:{form}}]"
+    return Markup(f"{shown} <span class='ci'>{span}</span>".replace("-", "−"))
+
+
+def _setting_row(one: Setting, plain: Setting | None, about: str = "") -> Row:
+    relative = None
+    if plain is not None and plain.text_fpr.value:
+        relative = f"{100 * (one.text_fpr.value / plain.text_fpr.value - 1):+.0f} %".replace("-", "−")
+    name = Markup(f"<span title='{text(about)}'>{text(one.method)}</span>") if about else one.method
+    return Row(
+        (
+            name, "" if one.method == PLAIN else f"{one.strength:g}", interval(one.text_fpr),
+            "" if one.method == PLAIN else relative, interval(one.rise, digits=2, sign=True),
+            interval(one.empty), None if one.words_per_min is None else amount(one.words_per_min),
+            None if one.seconds is None else f"{one.seconds:.1f}",
+        ),
+        strong=one.method == OURS,
+    )  # fmt: skip
+
+
+COLUMNS = (
+    "method", "strength", "text-FPR %", "against plain", "WER change, points", "empty speech %",
+    "words/min of non-speech", "compute s/min",
+)  # fmt: skip
+
+
+def method_sections(data: ReportData) -> list[Markup]:
+    """One line per method, then every setting folded away."""
+    if not data.settings:
+        return []
+    chosen = sorted(
+        representatives(data.settings).values(),
+        key=lambda one: (one.rise.value > MAX_COST, one.text_fpr.value, one.rise.value),
+    )
+    within = [one for one in chosen if one.rise.value <= MAX_COST]
+    beyond = [one for one in chosen if one.rise.value > MAX_COST]
+    abouts = _abouts(data)
+    rows = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in within]
+    parts = [table(COLUMNS, rows, left=1)]
+    if beyond:
+        dear = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in beyond]
+        caption = f"Costs more than {100 * MAX_COST:g} point of WER at every strength; shown at the cheapest"
+        parts.append(table(COLUMNS, dear, caption=caption, left=1))
+    every = [_setting_row(one, data.plain) for one in data.settings]
+    parts.append(details(f"All {len(every)} settings", table(COLUMNS, every, left=1)))
+    note = (
+        f"Each at its best strength within {100 * MAX_COST:g} point of WER on these very clips, which "
+        f"favours the competitors; {OURS} at its default. Value [95 % interval]. Lowest text-FPR first."
+    )
+    return [section("Methods", *parts, note=note)]
+
+
+def category_tables(data: ReportData) -> list[Markup]:
+    """text-FPR of every method's best setting on every kind of non-speech, and WER on every kind of
+    speech."""
+    chosen = list(representatives(data.settings).values())
+    parts = []
+    for rate, title in (("text_fpr", "text-FPR % by kind of non-speech"), ("wer", "WER % by kind of speech")):
+        by_set = set_rows(data.rows, rate)
+        if not by_set or not chosen:
+            continue
+        rows = []
+        for one in chosen:
+            found = [sets.get((one.method, one.strength)) for sets in by_set.values()]
+            values = [None if row is None else row[rate] for row in found]
+            cells = [None if value is None else f"{100 * value:.1f}" for value in values]
+            label = one.name
+            rows.append(Row((label, *cells), one.method == OURS, (None, *values)))
+        columns = ("method and strength", *(f"{name} ({_clips(sets)})" for name, sets in by_set.items()))
+        parts.append(details(f"{title}, every method", table(columns, rows)))
+    return parts
+
+
+def _clips(sets: Mapping[Any, Mapping[str, Any]]) -> str:
+    return f"{next(iter(sets.values())).get('clips', '?')} clips"
+
+
+def paired_sections(data: ReportData) -> list[Markup]:
+    """Differences from ours on the same clips."""
+    if not data.paired:
+        return []
+    rows = []
+    for one in data.paired:
+        rates = [rate_of(one, name) for name in PAIRED]
+        strength = one.get("alpha", one.get("strength"))
+        cells = [
+            interval(rate, digits=2 if name == "wer" else 1, sign=True)
+            for name, rate in zip(PAIRED, rates, strict=True)
+        ]
+        worse = [_sides(rate) for rate in rates]
+        rows.append(
+            Row((one.get("method"), None if strength is None else f"{strength:g}", *cells, _verdict(worse)))
+        )
+    columns = ("method", "strength", *PAIRED.values(), "against ours")
+    note = (
+        f"Each setting less {OURS} at its default, on the same clips: positive is worse than ours. Interval "
+        "of the paired difference; where it excludes 0, the last column says who is better."
+    )
+    body = table(columns, rows)
+    return [section("Paired with ours", details(f"{len(rows)} settings", body), note=note)]
+
+
+def _sides(rate: Rate | None) -> int:
+    """1: surely worse than ours, -1: surely better, 0: not told apart."""
+    if rate is None:
+        return 0
+    return 1 if rate.lo > 0 else -1 if rate.hi < 0 else 0
+
+
+def _verdict(sides: Sequence[int]) -> str:
+    names = ("hallucination", "WER", "empty speech")
+    worse = [name for name, side in zip(names, sides, strict=True) if side > 0]
+    better = [name for name, side in zip(names, sides, strict=True) if side < 0]
+    parts = [f"worse: {', '.join(worse)}"] if worse else []
+    parts += [f"better: {', '.join(better)}"] if better else []
+    return "; ".join(parts) or "not told apart"
+
+
+def _abouts(data: ReportData) -> dict[str, str]:
+    methods = data.run.get("methods", {})
+    return {name: str(record.get("about", "")) for name, record in methods.items()}
+
+
+def run_sections(data: ReportData) -> list[Markup]:
+    """What could not run and why, what the methods are, how it was measured."""
+    found = []
+    unavailable = data.run.get("unavailable", {})
+    if unavailable:
+        rows = [Row((name, reason)) for name, reason in unavailable.items()]
+        found.append(section("Could not run", table(("method", "reason"), rows, left=2)))
+    abouts = {name: about for name, about in _abouts(data).items() if about}
+    if abouts:
+        rows = [Row((name, about)) for name, about in abouts.items()]
+        found.append(section("What the methods are", table(("method", "what it does"), rows, left=2)))
+    shown = ("command", "package_version", "model", "steering", "data", "quick", "measured", "wall_seconds")
+    measured = {name.replace("_", " "): data.run[name] for name in shown if data.run.get(name) is not None}
+    terms = paragraph(
+        "text-FPR: share of non-speech clips that came back with words after Whisper's English text "
+        "normaliser. WER: over clips with a reference, errors over words. Empty speech: share of speech "
+        "clips whose transcript holds no word. Intervals: 95 %, 1,000 bootstrap resamples of clips. Compute: "
+        "seconds of one thread of work per minute of audio."
+    )
+    found.append(section("How it was measured", joined((terms, facts(measured)))))
+    return found
