@@ -71,22 +71,46 @@ def test_blocks_of_zeros_and_rounding_error(kind: str) -> None:
     assert error <= np.abs(values).max() * (0.5 / 127 if kind == "q8_0" else 1 / 16) * 1.01
 
 
-def _ggml_library() -> ctypes.CDLL | None:
+def _ggml_library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("pywhispercpp")
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).parents[1] / "pywhispercpp.libs"
-    found = sorted(folder.glob("libggml-base*.so*"))
-    return ctypes.CDLL(str(found[0])) if found else None
+    origin = None if spec is None else spec.origin
+    folder = Path(origin).parents[1] if origin else Path(".")
+    found = sorted((folder / "pywhispercpp.libs").glob("libggml-base*.so*"))
+    if not found:
+        pytest.skip("needs ggml's library, which comes with pip install pywhispercpp")
+    return ctypes.CDLL(str(found[0]))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q5_0"])
 def test_same_bytes_as_ggml_itself(kind: str) -> None:
-    library = _ggml_library()
-    if library is None:
-        pytest.skip("needs ggml's library, which comes with pip install pywhispercpp")
     values = (np.random.default_rng(1).normal(size=(16, 96)) * 0.1).astype("f4")
     values[3, :32] = 0
+    assert encode(values, kind) == _quantised_by_ggml(values, kind)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q5_0", "q5_1", "q4_0", "q4_1"])
+def test_same_values_as_ggml_itself(kind: str) -> None:
+    values = (np.random.default_rng(2).normal(size=(4, 64)) + 0.5).astype("f4")
+    data = _quantised_by_ggml(values, kind)
+    expected = np.empty(values.shape, "f4")
+    dequantise = _ggml_library()[f"dequantize_row_{kind}"]
+    dequantise.restype = None
+    dequantise.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
+    dequantise(data, expected.ctypes.data, values.size)
+    found = decode(data, kind, values.shape)
+    assert np.abs(found - expected).max() < 1e-6
+    assert 0 < np.abs(found - values).max() < np.abs(values).max() / 6
+
+
+def test_bf16_by_hand() -> None:
+    data = np.array([0x3F80, 0xC049, 0x0000], "<u2").tobytes()  # 1, -3.140625, 0
+    assert decode(data, "bf16", (3, 1)).tolist() == [[1.0], [-3.140625], [0.0]]
+
+
+def _quantised_by_ggml(values: np.ndarray, kind: str) -> bytes:
+    """Rows of a multiple of 32 values, in ggml's own words; skips the test without its library."""
+    library = _ggml_library()
+    rows, columns = values.shape
     theirs = ctypes.create_string_buffer(BY_NAME[kind].nbytes * values.size // 32)
     quantise = library.ggml_quantize_chunk
     quantise.restype = ctypes.c_size_t
@@ -99,9 +123,9 @@ def test_same_bytes_as_ggml_itself(kind: str) -> None:
         ctypes.c_int64,
         ctypes.c_void_p,
     ]
-    size = quantise(BY_NAME[kind].number, values.ctypes.data, theirs, 0, 16, 96, None)
+    size = quantise(BY_NAME[kind].number, values.ctypes.data, theirs, 0, rows, columns, None)
     assert size == len(theirs)
-    assert encode(values, kind) == theirs.raw
+    return theirs.raw
 
 
 def test_encode_refuses() -> None:
