@@ -3,19 +3,22 @@
     python -m benchmarks.latency --quick                       # within ten minutes on two cores
     python -m benchmarks.latency --json rows.json              # tiny, base, small; all installed runtimes
     python -m benchmarks.latency --shapes large-v3 --device cuda --runtimes openai transformers
+    python -m benchmarks.latency --quick --clock cpu --threads 1       # on a machine that others use, too
 
 Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads
 m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents). A ratio
 is the median over rounds of steered / plain, where a round times plain, then steered, so that a drift of the
 machine hits both; encoder_low and encoder_high are the quartiles. Models have random weights (see
-latency_runtimes). The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need
-not be decoded at all.
+latency_runtimes). faster-whisper bakes every shift; whisper.cpp can do nothing else, one window at a time.
+The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need not be decoded.
 
 Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
 encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
 of audio: features, encoder, greedy decoding of 32 tokens a window), rounds. peak_mb: highest resident memory
 of the process while steered (CPU; with faster, two models are loaded: plain and steered), or memory allocated
-on the device; None where the system does not tell.
+on the device; None where the system does not tell. With --clock cpu every time is the processor time of this
+process in place of what the clock on the wall says: other programs cannot stretch it (threads that wait for
+one another count, hence --threads 1).
 """
 
 from __future__ import annotations
@@ -52,8 +55,16 @@ TARGETS: dict[tuple[str, str | None], float] = {
     ("gated_latents", "small"): 1.02,
     ("reconstruction", None): 1.08,
 }
+# with --quick and batch 8
+SHORT_MODES = ("shift_baked", "shift_hook", "gated_latents", "reconstruction")
 QUICK_SECONDS = 510.0  # then settings are left out, and named
-_PACKAGES = {"openai": "whisper", "transformers": "transformers", "faster": "faster_whisper"}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_PACKAGES = {
+    "openai": "whisper",
+    "transformers": "transformers",
+    "faster": "faster_whisper",
+    "whisper.cpp": "pywhispercpp",
+}
 
 
 @dataclass(frozen=True)
@@ -141,15 +152,19 @@ def paired(
     steering: Callable[[], AbstractContextManager[Any]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    late: Callable[[], bool] = lambda: False,
 ) -> tuple[list[float], list[float]]:
     """Times of `rounds` rounds, plain then steered, steered inside `steering()`; one round before them to
-    warm up is not counted, nor is putting the steering on."""
+    warm up is not counted, nor is putting the steering on. Once it is `late`, the round at hand is the last,
+    but one is always counted."""
     before: list[float] = []
     after: list[float] = []
     for _ in range(rounds + 1):
         before.append(_timed(plain, clock))
         with steering():
             after.append(_timed(steered, clock))
+        if len(before) > 1 and late():
+            break
     return before[1:], after[1:]
 
 
@@ -192,8 +207,22 @@ def peak_mb(device: str) -> float | None:
     return None
 
 
-def measure(runtime: Any, name: str, shape: str, batch: int, rounds: int, device: str) -> Iterator[Row]:
-    """A row per mode for one model."""
+def modes_of(runtime: str, quick: bool, batch: int) -> list[tuple[str, int | None]]:
+    """The (mode, m) that are measured: what the runtime can do, less of it for --quick's batches."""
+    able = {"faster": lambda mode: mode != "shift_hook", "whisper.cpp": lambda mode: mode == "shift_baked"}
+    can = able.get(runtime, lambda mode: True)
+    return [(mode, m) for mode, m in MODES if can(mode) and (not quick or batch == 1 or mode in SHORT_MODES)]
+
+
+def measure(
+    runtime: Any,
+    name: str,
+    shape: str,
+    batch: int,
+    args: argparse.Namespace,
+    late: Callable[[], bool],
+) -> Iterator[Row]:
+    """A row per mode for one model. late: is it time to stop?"""
     from benchmarks.latency_runtimes import WINDOW_SECONDS, dimensions, sound, steering_for
 
     audio = sound(batch)
@@ -205,9 +234,8 @@ def measure(runtime: Any, name: str, shape: str, batch: int, rounds: int, device
     def everything() -> object:
         return runtime.decode(runtime.encode(runtime.features(audio)))
 
-    for mode, m in MODES:
-        if name == "faster" and mode == "shift_hook":
-            continue  # is baked there
+    clock, device = CLOCKS[args.clock], args.device
+    for mode, m in modes_of(name, args.quick, batch):
         steering = steering_for(mode, m, dimensions(shape))
         on = (
             partial(runtime.baked, steering.edits[0])
@@ -215,15 +243,16 @@ def measure(runtime: Any, name: str, shape: str, batch: int, rounds: int, device
             else partial(runtime.steered, steering)
         )
         reset_peak(device)
-        encoder = ratio_of(*paired(encode, encode, on, rounds))
-        whole = ratio_of(*paired(everything, everything, on, max(1, rounds // 2)))
+        times = paired(encode, encode, on, args.rounds, clock, late)
+        encoder = ratio_of(*times)
+        whole = ratio_of(*paired(everything, everything, on, max(1, args.rounds // 2), clock, late))
         yield Row(
             name, mode, m, batch, shape, encoder.median, whole.median, peak_mb(device), encoder.low,
-            encoder.high, encoder.seconds, whole.seconds / (batch * WINDOW_SECONDS), rounds,
+            encoder.high, encoder.seconds, whole.seconds / (batch * WINDOW_SECONDS), len(times[0]),
         )  # fmt: skip
 
 
-def nonspeech(rounds: int, device: str) -> Row:
+def nonspeech(rounds: int, device: str, clock: Callable[[], float] = time.perf_counter) -> Row:
     """The bundled model and steering on the bundled noise clip, through whisper.transcribe."""
     import whisper
 
@@ -238,7 +267,7 @@ def nonspeech(rounds: int, device: str) -> Row:
         return whisper.transcribe(model, audio, fp16=False)
 
     reset_peak(device)
-    whole = ratio_of(*paired(work, work, lambda: steer(model, decode_withheld=False), rounds))
+    whole = ratio_of(*paired(work, work, lambda: steer(model, decode_withheld=False), rounds, clock))
     seconds = whole.seconds / (len(audio) / SAMPLING_RATE)
     return Row(
         "openai", "nonspeech", None, 1, DEFAULT_MODEL, None, whole.median, peak_mb(device), None, None, None,
@@ -251,31 +280,38 @@ def nonspeech(rounds: int, device: str) -> Row:
 
 def settings(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(runtime, shape, batch) in the order in which they are measured, one model after another."""
-    if args.quick:
-        quick = [(name, "tiny", batch) for name in args.runtimes for batch in (1, 8)]
-        return [("openai", "small", 1), *quick] if "openai" in args.runtimes else quick
-    return [(name, shape, batch) for shape in args.shapes for name in args.runtimes for batch in args.batches]
+    plan = [(name, shape, batch) for shape in args.shapes for name in args.runtimes for batch in args.batches]
+    if args.quick:  # batches last: what is left out for lack of time is left out there
+        plan = [(name, "tiny", batch) for batch in (1, 8) for name in args.runtimes]
+        plan = [("openai", "small", 1), *plan] if "openai" in args.runtimes else plan
+    return [(name, shape, batch) for name, shape, batch in plan if batch == 1 or name != "whisper.cpp"]
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows; prints what it is at, and what is left out, to stderr."""
     from benchmarks.latency_runtimes import MAKERS, random_model
 
-    start, rows = time.perf_counter(), [nonspeech(args.rounds, args.device)]
+    start = time.perf_counter()
+
+    def late() -> bool:
+        return args.quick and time.perf_counter() - start > QUICK_SECONDS
+
+    rows = [nonspeech(args.rounds, args.device, CLOCKS[args.clock])]
     made: tuple[str, str] | None = None
     runtime: Any = None
     for name, shape, batch in settings(args):
         label = f"{name}, {shape}, batch {batch}"
-        if args.quick and time.perf_counter() - start > QUICK_SECONDS:
+        if late():
             print(f"latency: left out, for lack of time: {label}", file=sys.stderr)
             continue
         print(f"latency: {label}", file=sys.stderr, flush=True)
         if made != (name, shape):
             runtime = None  # let go of the last model first
             runtime, made = MAKERS[name](random_model(shape), args.device), (name, shape)
-        for row in measure(runtime, name, shape, batch, args.rounds, args.device):
+        wanted = modes_of(name, args.quick, batch)
+        for done, row in enumerate(measure(runtime, name, shape, batch, args, late), 1):
             rows.append(row)
-            if args.quick and time.perf_counter() - start > QUICK_SECONDS:
+            if late() and done < len(wanted):
                 print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)
                 break
     return [*rows[1:], rows[0]]
@@ -293,8 +329,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N")
     made.add_argument("--rounds", type=int, default=None, metavar="N", help="default: 9, or 3 with --quick")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of this process")
     made.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
-    made.add_argument("--quick", action="store_true", help="small once, tiny in full; within ten minutes")
+    made.add_argument(
+        "--quick", action="store_true", help="small once, tiny with all runtimes; in ten minutes"
+    )
     made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows here")
     return made
 

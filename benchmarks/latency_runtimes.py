@@ -21,12 +21,14 @@ from whisper.model import ModelDimensions, Whisper
 
 from whisper_steer.attach import steer
 from whisper_steer.edits import LatentEdit, Shift
+from whisper_steer.errors import ModelError, UsageError
 from whisper_steer.gate import Gate
+from whisper_steer.probe import Probe
 from whisper_steer.steering import Steering
 
 TOKENS = 32  # per window: about what half a minute of slow speech takes
 WINDOW_SECONDS = N_SAMPLES / SAMPLE_RATE
-RUNTIMES = ("openai", "transformers", "faster")
+RUNTIMES = ("openai", "transformers", "faster", "whisper.cpp")
 _ENGLISH = 51864
 _SIZES = {  # d_model, heads, encoder blocks, decoder blocks, mels, vocabulary
     "tiny": (384, 6, 4, 4, 80, _ENGLISH),
@@ -96,11 +98,11 @@ def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0)
     if mode == "latents":
         return Steering((latents(count),))
     coef = torch.randn(count, generator=generator)
-    gate = Gate(
-        layer=layer, coef=coef - coef.mean(), intercept=0.0, W_enc=rows(count),
-        b_enc=torch.zeros(count), theta=torch.full((count,), _ACTIVE), kind="latents", smooth=_SMOOTH,
-        threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=0.0, unit=torch.ones(count),
+    probe = Probe(
+        layer, "latents", coef - coef.mean(), rows(count), torch.zeros(count),
+        torch.full((count,), _ACTIVE), torch.ones(count),
     )  # fmt: skip
+    gate = Gate((probe,), 0.0, _SMOOTH, threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=0.0)
     return Steering(() if mode == "gate" else (latents(count),), gate)
 
 
@@ -215,10 +217,87 @@ class FasterRuntime:
         return self.steered(self.baked_steering)
 
 
+class _Opened:
+    """A ggml file in whisper.cpp, which keeps the features of the sound it was given last."""
+
+    def __init__(self, path: Path) -> None:
+        from pywhispercpp.model import Model
+
+        self.model = Model(str(path), redirect_whispercpp_logs_to=None)
+        self.heard = False
+
+    @property
+    def context(self) -> Any:
+        return self.model._ctx
+
+
+class WhisperCppRuntime:
+    """whisper.cpp through pywhispercpp, from ggml files (f16) in a folder that goes with the process.
+
+    It takes one window at a time, and nothing can be hooked: batch 1, a baked shift, no other mode. The
+    decoder is given the same token again and again, since whisper.cpp cannot be kept from ending a window.
+    """
+
+    def __init__(self, model: Whisper, device: str) -> None:
+        import _pywhispercpp
+
+        from whisper_steer.convert import convert
+
+        if device != "cpu":
+            raise UsageError(f"whisper.cpp is measured on the CPU, not on {device}: choose other --runtimes")
+        self.calls: Any = _pywhispercpp
+        self.threads = torch.get_num_threads()
+        self.folder = tempfile.TemporaryDirectory(prefix="whisper-steer-latency-")
+        self.path = convert(model, "ggml", Path(self.folder.name) / "model.bin")
+        self.opened = _Opened(self.path)
+        self.worn: tuple[Shift, _Opened] | None = None
+
+    def features(self, audio: Tensor) -> Tensor:
+        """They stay inside; what is returned is the sound."""
+        samples = audio[0].numpy()
+        self._check(self.calls.whisper_pcm_to_mel(self.opened.context, samples, len(samples), self.threads))
+        self.opened.heard = True
+        return audio
+
+    def encode(self, features: Tensor) -> None:
+        if not self.opened.heard:
+            self.features(features)
+        self._check(self.calls.whisper_encode(self.opened.context, 0, self.threads))
+
+    def decode(self, encoded: None) -> None:
+        token = self.calls.whisper_token_sot(self.opened.context)
+        for past in range(TOKENS):
+            self._check(self.calls.whisper_decode(self.opened.context, token, 1, past, self.threads))
+
+    def steered(self, steering: Steering) -> Any:
+        raise UsageError("whisper.cpp cannot be steered, but for a baked shift")
+
+    @contextmanager
+    def baked(self, shift: Shift) -> Iterator[None]:
+        """A second model, kept for the next round."""
+        from whisper_steer.bake import bake
+
+        if self.worn is None or self.worn[0] is not shift:
+            out = Path(self.folder.name) / "baked.bin"
+            out.unlink(missing_ok=True)
+            bake(self.path, steering=Steering((shift,)), out=out)
+            self.worn = shift, _Opened(out)
+        plain, self.opened = self.opened, self.worn[1]
+        try:
+            yield
+        finally:
+            self.opened = plain
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise ModelError(f"whisper.cpp returned {status} for a random model: leave it out of --runtimes")
+
+
 MAKERS: dict[str, Callable[[Whisper, str], Any]] = {
     "openai": OpenAIRuntime,
     "transformers": TransformersRuntime,
     "faster": FasterRuntime,
+    "whisper.cpp": WhisperCppRuntime,
 }
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_whisper
 from steering_files import brief_whisper
 
 from benchmarks import latency, latency_runtimes
-from benchmarks.latency import Ratio, Row, paired, ratio_of, settings, table, verdict
+from benchmarks.latency import Ratio, Row, modes_of, paired, ratio_of, settings, table, verdict
 from whisper_steer.errors import UsageError
 
 ROW = Row("openai", "shift_hook", None, 1, "small", 1.004, 1.002, 900.0, 0.99, 1.01, 2.0, 0.1, 5)
@@ -44,6 +46,20 @@ def test_rounds_alternate_and_the_first_is_not_counted():
     )
     assert done == ["plain", "on", "steered", "off"] * 3
     assert (plain, steered) == ([1.0, 1.0], [1.0, 1.0])
+
+
+def test_a_late_round_is_the_last_but_one_is_always_counted():
+    done = []
+
+    def times(late):
+        done.clear()
+        ticks = iter(range(100))
+        clock = lambda: float(next(ticks))  # noqa: E731
+        return paired(lambda: done.append(1), lambda: None, nullcontext, 5, clock, late)
+
+    assert times(lambda: True) == ([1.0], [1.0]) and len(done) == 2
+    assert times(lambda: len(done) >= 4) == ([1.0] * 3, [1.0] * 3)
+    assert times(lambda: False) == ([1.0] * 5, [1.0] * 5)
 
 
 @pytest.mark.parametrize(
@@ -98,31 +114,72 @@ def test_every_mode_changes_what_it_should(mode, m):
         assert steering.edits[0].W_enc.shape == (m, 64)
     if steering.gate is not None:
         gate = steering.gate
-        assert gate.coef.shape == (m,) and gate.window_threshold(1.0) == 1e9
+        assert gate.probes[0].coef.shape == (m,) and gate.window_threshold(1.0) == 1e9
         opened = (gate.frame_gate(gate.frame_logits(x)) > 0.5).float().mean()
         assert 0 < float(opened) < 1
 
 
 def test_settings_quick_and_full():
-    args = latency.parser().parse_args(["--quick", "--runtimes", "openai", "faster"])
+    args = latency.parser().parse_args(["--quick", "--runtimes", "openai", "faster", "whisper.cpp"])
     assert settings(args) == [
         ("openai", "small", 1),
         ("openai", "tiny", 1),
-        ("openai", "tiny", 8),
         ("faster", "tiny", 1),
+        ("whisper.cpp", "tiny", 1),
+        ("openai", "tiny", 8),
         ("faster", "tiny", 8),
     ]
     args = latency.parser().parse_args(["--shapes", "base", "--batches", "2", "--runtimes", "openai"])
     assert settings(args) == [("openai", "base", 2)]
+    args = latency.parser().parse_args(["--shapes", "base", "--runtimes", "whisper.cpp"])
+    assert settings(args) == [("whisper.cpp", "base", 1)]
+
+
+def test_modes_by_runtime():
+    assert modes_of("openai", False, 8) == modes_of("transformers", True, 1) == list(latency.MODES)
+    assert ("shift_hook", None) not in modes_of("faster", False, 1)
+    assert modes_of("whisper.cpp", False, 1) == [("shift_baked", None)]
+    assert [mode for mode, _ in modes_of("faster", True, 8)] == [
+        "shift_baked",
+        "gated_latents",
+        "reconstruction",
+    ]
+
+
+def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
+    """The clock stands still until the first row, then jumps past the end."""
+    now = [0.0]
+
+    def one_row(runtime, name, shape, batch, args, late):
+        assert not late()
+        now[0] = latency.QUICK_SECONDS + 1
+        assert late()
+        yield replace(ROW, mode="shift_baked")
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device, clock: replace(ROW, mode="nonspeech"))
+    monkeypatch.setattr(latency, "measure", one_row)
+    monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: None)
+    monkeypatch.setitem(latency_runtimes.MAKERS, "openai", lambda model, device: None)
+    rows = latency.run(latency.parser().parse_args(["--quick", "--rounds", "1", "--runtimes", "openai"]))
+    assert [row.mode for row in rows] == ["shift_baked", "nonspeech"]
+    assert capsys.readouterr().err.splitlines() == [
+        "latency: openai, small, batch 1",
+        "latency: stopped, for lack of time, after shift_baked of openai, small, batch 1",
+        "latency: left out, for lack of time: openai, tiny, batch 1",
+        "latency: left out, for lack of time: openai, tiny, batch 8",
+    ]
 
 
 def test_a_run_over_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: brief_whisper())
     monkeypatch.setattr(latency_runtimes, "dimensions", lambda shape: brief_whisper().dims)
     monkeypatch.setattr(latency_runtimes, "TOKENS", 4)
-    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device: replace(ROW, mode="nonspeech"))
+    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device, clock: replace(ROW, mode="nonspeech"))
     out = tmp_path / "rows.json"
     arguments = ["--shapes", "tiny", "--batches", "1", "--rounds", "1", "--runtimes", "openai"]
+    arguments += ["--clock", "cpu"]
     assert latency.main([*arguments, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [(row["mode"], row["m"]) for row in rows] == [*latency.MODES, ("nonspeech", None)]
@@ -142,6 +199,31 @@ def test_baking_leaves_the_very_weights():
     with runtime.baked(steering.edits[0]):
         assert torch.allclose(runtime.encode(features), hooked, atol=1e-5)
     assert torch.equal(bias, before)
+
+
+def test_whisper_cpp_is_measured_with_its_own_files(monkeypatch):
+    pytest.importorskip("pywhispercpp.model", reason="pip install pywhispercpp")
+    monkeypatch.setattr(latency_runtimes, "TOKENS", 2)
+    model = make_tiny_whisper()
+    runtime = latency_runtimes.WhisperCppRuntime(model, "cpu")
+    shift = latency_runtimes.steering_for("shift_baked", None, model.dims).edits[0]
+    features = runtime.features(latency_runtimes.sound(1))
+
+    def logits():
+        runtime.decode(runtime.encode(features))
+        return np.array(runtime.calls.whisper_get_logits(runtime.opened.context))
+
+    plain = logits()
+    with runtime.baked(shift):
+        baked = logits()
+        with runtime.baked(shift):
+            assert np.array_equal(logits(), baked)
+    assert np.array_equal(logits(), plain) and not np.allclose(baked, plain)
+    runtime.folder.cleanup()
+    with pytest.raises(UsageError, match="but for a baked shift"):
+        runtime.steered(None)
+    with pytest.raises(UsageError, match="on the CPU, not on cuda"):
+        latency_runtimes.WhisperCppRuntime(model, "cuda")
 
 
 def test_wrong_usage(capsys):
