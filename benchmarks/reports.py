@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -23,9 +23,14 @@ COLUMNS = (
     "method", "alpha", "set", "clips", "audio",
     *(name + end for name in RATES for end in ("", "_lo", "_hi")), "seconds",
 )  # fmt: skip
-ALL_SPEECH, ALL_NONSPEECH = "all_speech", "all_nonspeech"
+PLAIN = "plain"
+ALL_SPEECH, ALL_NONSPEECH, ALL = "all_speech", "all_nonspeech", "all"
 SYNTHETIC, REAL = "_synthetic", "_real"  # ends of the names of a pool's halves
-TARGET_FALL, TARGET_RISE = 0.8, 0.005  # at alpha 1: text-FPR relative, WER absolute
+# at alpha 1: text-FPR relative, WER absolute, share of speech clips that come back empty
+TARGET_FALL, TARGET_RISE, TARGET_EMPTY = 0.95, 0.001, 0.002
+
+OURS = ("whisper-steer", "ours-")  # how the names of our methods begin
+IN_SET_TABLE = ("whisper-steer", "whisper-steer+vad", "silero", "linear-gate")  # preferred, of at most 4
 
 Row = dict[str, Any]
 
@@ -48,8 +53,10 @@ def pooled_rows(rows: Sequence[Row], half: str = "") -> Iterator[tuple[str, floa
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Sentences per method: pooled rates at alpha 1 (or the largest below) against plain and the targets; on
-    all clips, then on the synthetic and the real ones where there are both."""
+    """Sentences per method of ours (of all where none is ours): pooled rates at alpha 1 (or the largest
+    below) against plain and the targets; on all clips, then on the synthetic and the real ones where there
+    are both."""
+    rows = [row for row in rows if row["method"].startswith(OURS)] or rows
     lines = []
     for half, which in (("", ""), (SYNTHETIC, ", synthetic clips"), (REAL, ", real clips")):
         lines += _sentences(list(pooled_rows(rows, half)), which)
@@ -72,37 +79,52 @@ def _sentences(pooled: Sequence[tuple[str, float, Row, Row]], which: str) -> lis
             verdict = "reached" if change <= -TARGET_FALL else "missed"
             parts.append(
                 f"text-FPR {100 * silent0['text_fpr']:.1f} -> {100 * silent1['text_fpr']:.1f} % "
-                f"({100 * change:+.0f} % relative; target -80 %: {verdict})"
+                f"({100 * change:+.0f} % relative; target -{100 * TARGET_FALL:g} %: {verdict})"
             )
         if spoken0.get("wer") is not None:
             rise = spoken1["wer"] - spoken0["wer"]
             verdict = "reached" if rise <= TARGET_RISE else "missed"
             parts.append(
                 f"WER {100 * spoken0['wer']:.2f} -> {100 * spoken1['wer']:.2f} % "
-                f"({100 * rise:+.2f} points; target at most +0.5: {verdict})"
+                f"({100 * rise:+.2f} points; target at most +{100 * TARGET_RISE:g}: {verdict})"
+            )
+            empty0, empty1 = spoken0["empty_speech"], spoken1["empty_speech"]
+            verdict = "reached" if empty1 <= TARGET_EMPTY else "missed"
+            parts.append(
+                f"empty speech clips {100 * empty0:.1f} -> {100 * empty1:.1f} % "
+                f"(target at most {100 * TARGET_EMPTY:g}: {verdict})"
             )
         if parts:
             lines.append(f"{method}, alpha {top:g}{which}: " + "; ".join(parts))
     return lines
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def tables(rows: Sequence[Row], minutes: Mapping[str, float] | None = None) -> list[Table]:
     """Three rich tables: non-speech and speech, all their sets pooled, at every setting; then every set at
-    alpha 0 and at 1 (or the largest below)."""
+    alpha 0 and, for some methods, at 1 (or the largest below).
+
+    minutes: of audio, by set: compute time is then shown in seconds per minute of it.
+    """
     pooled = list(pooled_rows(rows))
-    nonspeech = _table("On non-speech, all sets", ("text-FPR %", "nsp-FPR %", "HR %", "words/min", "seconds"))
-    speech = _table("On speech, all sets", ("WER %", "sub / del / ins %", "empty clips %", "seconds"))
+    unit = "seconds" if minutes is None else "s per min"
+    nonspeech = _table("On non-speech, all sets", ("text-FPR %", "nsp-FPR %", "HR %", "words/min", unit))
+    speech = _table("On speech, all sets", ("WER %", "sub / del / ins %", "empty clips %", unit))
+
+    def effort(row: Row) -> str:
+        length = 1.0 if minutes is None else minutes.get(row["set"], 0.0)
+        return f"{row['seconds'] / length:.1f}" if length else "-"
+
     previous = None
     for method, alpha, silent, spoken in pooled:
         new = method != previous
         if silent:
             rates = [_percent(silent, name) for name in ("text_fpr", "nsp_fpr", "hr")]
             words = _percent(silent, "words_per_min", 1.0)
-            _add(nonspeech, new, method, alpha, *rates, words, f"{silent['seconds']:.1f}")
+            _add(nonspeech, new, method, alpha, *rates, words, effort(silent))
         if spoken:
             wer, empty = _percent(spoken, "wer"), _percent(spoken, "empty_speech")
             parts = " / ".join(f"{100 * spoken[name]:.1f}" for name in ("sub", "del", "ins"))
-            _add(speech, new, method, alpha, wer, parts, empty, f"{spoken['seconds']:.1f}")
+            _add(speech, new, method, alpha, wer, parts, empty, effort(spoken))
         previous = method
     return [table for table in (nonspeech, speech) if table.rows] + [_set_table(rows)]
 
@@ -125,13 +147,14 @@ def _add(table: Table, new: bool, method: str, alpha: float, *cells: str) -> Non
 
 
 def _set_table(rows: Sequence[Row]) -> Table:
-    alphas = sorted({row["alpha"] for row in rows})
-    shown = dict.fromkeys((alphas[0], max((alpha for alpha in alphas if alpha <= 1), default=alphas[0])))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    columns = [
-        (method, alpha) for method in methods for alpha in shown if alpha > 0 or method == methods[0]
-    ]
-    found = {(row["method"], row["alpha"], row["set"]): row for row in rows}
+    alphas: dict[str, list[float]] = {}
+    for row in rows:
+        alphas.setdefault(row["method"], []).append(row["alpha"])
+    columns = [(name, 0.0) for name, found in alphas.items() if 0.0 in found][:1]
+    shown = [name for name in dict.fromkeys((*IN_SET_TABLE, *alphas)) if name in alphas]
+    settings = [(name, max((alpha for alpha in alphas[name] if alpha <= 1), default=0.0)) for name in shown]
+    columns += [setting for setting in settings if setting[1] > 0][: len(IN_SET_TABLE)]
+    by_setting = {(row["method"], row["alpha"], row["set"]): row for row in rows}
     table = Table(
         title="By set: text-FPR % of non-speech; WER % of speech (and empty clips %)",
         title_justify="left", title_style="bold", box=SIMPLE_HEAD,
@@ -141,8 +164,8 @@ def _set_table(rows: Sequence[Row]) -> Table:
     for method, alpha in columns:
         table.add_column("plain (alpha 0)" if alpha == 0 else f"{method}, alpha {alpha:g}", justify="right")
     for name in dict.fromkeys(row["set"] for row in rows):
-        if name not in (ALL_SPEECH, ALL_NONSPEECH):
-            cells = [found[method, alpha, name] for method, alpha in columns]
+        if name not in (ALL_SPEECH, ALL_NONSPEECH, ALL):
+            cells = [by_setting[method, alpha, name] for method, alpha in columns]
             table.add_row(name, str(cells[0]["clips"]), cells[0]["audio"], *map(_set_cell, cells))
     return table
 
@@ -153,9 +176,39 @@ def _set_cell(row: Row) -> str:
     return f"{_percent(row, 'wer')} ({100 * row['empty_speech']:.1f})"
 
 
-def curves(rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
+def paired_table(paired: Sequence[Row]) -> Table | None:
+    """Every setting's differences from ours over the same clips, all sets pooled; None without any."""
+    chosen = [row for row in paired if row["set"] == ALL]
+    if not chosen:
+        return None
+    reference = f"{chosen[0]['reference']}, alpha {chosen[0]['reference_alpha']:g}"
+    columns = ("text-FPR, points", "WER, points", "empty clips, points")
+    table = _table(f"Minus {reference}, on the same clips (above 0: worse than ours)", columns)
+    previous = None
+    for row in chosen:
+        cells = [_points_of(row, name) for name in ("text_fpr", "wer", "empty_speech")]
+        _add(table, row["method"] != previous, row["method"], row["alpha"], *cells)
+        previous = row["method"]
+    return table
+
+
+def _points_of(row: Row, name: str) -> str:
+    if row[f"{name}_diff"] is None:
+        return "-"
+    value, lo, hi = (100 * row[f"{name}_diff{end}"] + 0.0 for end in ("", "_lo", "_hi"))
+    return f"{value:+.1f} [{lo:+.1f}, {hi:+.1f}]"
+
+
+def curves(rows: Sequence[Row], most: int | None = None) -> dict[str, dict[str, list[Point]]]:
     """Points of the frontier by panel and method: one panel each for synthetic and real clips where both
-    pools have both, else one for all. Settings without both rates are left out."""
+    pools have both, else one for all. Settings without both rates are left out.
+
+    most: as many methods at most, ours first, then in the order of the rows.
+    """
+    names = [name for name in dict.fromkeys(row["method"] for row in rows) if name != PLAIN]
+    names.sort(key=lambda name: not name.startswith(OURS))  # stable: the others keep their order
+    kept = set(names[:most]) if names else {PLAIN}
+    rows = [row for row in rows if row["method"] in kept]
     panels = {"synthetic clips": _points(rows, SYNTHETIC), "real recordings": _points(rows, REAL)}
     if not all(panels.values()):
         panels = {"all clips": _points(rows, "")}
