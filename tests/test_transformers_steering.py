@@ -30,6 +30,7 @@ from whisper_steer.errors import MismatchError, UsageError  # noqa: E402
 from whisper_steer.fileformat import encoder_sha256, model_metadata  # noqa: E402
 from whisper_steer.steering import Gate, Shift, Steering  # noqa: E402
 from whisper_steer.transformers_model import from_openai, vocabulary  # noqa: E402
+from whisper_steer.transformers_pipeline import PipelineWatch  # noqa: E402
 from whisper_steer.transformers_steering import OpenAIView, short_name  # noqa: E402
 from whisper_steer.zoo import bundled_dir, load_model  # noqa: E402
 
@@ -362,7 +363,7 @@ def test_pipeline_in_chunks_tells_where(recogniser, clips):
         )
     assert [(record.start, record.end) for record in handle.withheld] == [(0.0, 10.0)]
     assert "Who has a blue coat?" in result["text"] and "watching" not in result["text"]
-    assert "_forward" not in recogniser.__dict__
+    assert not {"_forward", "postprocess"} & set(recogniser.__dict__)
 
 
 def test_pipeline_word_times_of_a_withheld_clip(recogniser, clips):
@@ -373,7 +374,7 @@ def test_pipeline_word_times_of_a_withheld_clip(recogniser, clips):
 
 def test_chunks_find_their_place_over_batches(recogniser):
     local = SimpleNamespace()
-    clock = transformers_steering._ChunkClock(recogniser, local)
+    clock = PipelineWatch(recogniser, local)
     clock.stop()
     second = 16000
     chunks = [((10 * second, 0, second), False), ((10 * second, second, second), False)]

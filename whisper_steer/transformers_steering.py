@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -30,10 +28,12 @@ from whisper.model import ModelDimensions
 from .convert_hf import DIMS, openai_name
 from .registry import Registry, Step, steered, verdicts_of
 from .transformers_model import vocabulary
+from .transformers_pipeline import PipelineWatch
 from .withholding import Suppressed, active_collector
 
 FRAME_SECONDS = 0.01  # a mel frame
 WINDOW_SECONDS = 30.0
+_TIMES_A_WINDOW = 1500  # timestamp tokens, 20 ms apart
 _FP16_MARGIN = 1000  # transformers clamps half precision outputs this far below the largest number
 
 Verdict = tuple[Step, float] | None
@@ -113,21 +113,21 @@ class TransformersRegistry(Registry):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._clocks: list[_ChunkClock] = []
+        self._pipelines: list[PipelineWatch] = []
         self._tokenizer: Any = None  # a pipeline's own
 
     def add_pipeline(self, pipeline: Any) -> None:
         """Learn the times of chunks and the vocabulary from this pipeline. Call with the lock held."""
         self._tokenizer = pipeline.tokenizer
-        if not any(clock.watches(pipeline) for clock in self._clocks):
-            self._clocks.append(_ChunkClock(pipeline, self._local))
+        if not any(watch.watches(pipeline) for watch in self._pipelines):
+            self._pipelines.append(PipelineWatch(pipeline, self._local))
 
     def _install(self, handles: tuple[Any, ...]) -> None:
         super()._install(handles)
         if not handles:
-            for clock in self._clocks:
-                clock.stop()
-            self._clocks.clear()
+            for watch in self._pipelines:
+                watch.stop()
+            self._pipelines.clear()
 
     # ---------- edits
 
@@ -271,13 +271,23 @@ class TransformersRegistry(Registry):
                 step.handle.record(record)
             else:
                 collector.records.append(record)
-            sequences[row] = sequences[row][:0]
+            sequences[row] = self._nothing(sequences[row], arguments)
             outputs[row] = _silenced(outputs[row], prompt_length, arguments["generation_config"])
             skip[row] = False  # an empty segment; without one, transformers' batches and word times fail
             # the next window is not told of "previous words" where there are none
             spoke = call.prompted or arguments["batch_idx_map"][row] in call.spoken
             conditions[row] = conditions[row] and spoke
         return (sequences, outputs, skip, conditions, *result[4:])
+
+    def _nothing(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The tokens of a withheld window: none. But a pipeline over long audio knows the time from timestamp
+        tokens alone, so it gets two, from the window's begin to its end, around a token that says nothing."""
+        config = arguments["generation_config"]
+        sequential = getattr(self._local, "sequential", False) and bool(config.return_timestamps)
+        if not sequential or arguments.get("return_token_timestamps"):
+            return tokens[:0]
+        silent = int(config.no_timestamps_token_id)  # timestamps begin right behind it
+        return tokens.new_tensor([silent + 1, silent, silent + 1 + _TIMES_A_WINDOW])
 
     def _times(self, arguments: dict[str, Any], row: int) -> tuple[float, float]:
         """Seconds in the audio: start and end of the window of this row."""
@@ -316,57 +326,6 @@ class TransformersRegistry(Registry):
             yield self._local.windows
         finally:
             self._local.windows = None
-
-
-class _ChunkClock:
-    """Tells a pipeline's chunks their place in the audio, while it is installed as `pipeline._forward`.
-
-    The pipeline cuts audio into chunks that overlap by their strides, (samples, left, right); they come in
-    order, and the last one of each audio is marked.
-    """
-
-    def __init__(self, pipeline: Any, local: threading.local) -> None:
-        self._pipeline = weakref.ref(pipeline)
-        self._local = local
-        self._rate = pipeline.feature_extractor.sampling_rate
-        self._original = pipeline._forward
-        self._forward = self._timed  # the very object that is installed
-        pipeline._forward = self._forward
-
-    def watches(self, pipeline: Any) -> bool:
-        return self._pipeline() is pipeline
-
-    def stop(self) -> None:
-        """Take it off, unless somebody has put something else there since."""
-        pipeline = self._pipeline()
-        if pipeline is not None and pipeline.__dict__.get("_forward") is self._forward:
-            del pipeline._forward
-
-    def _timed(self, model_inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._local.offsets = self._starts(model_inputs)
-        try:
-            return self._original(model_inputs, *args, **kwargs)
-        except BaseException:
-            self._local.reached = 0  # the rest of this audio will not come
-            raise
-        finally:
-            self._local.offsets = None
-
-    def _starts(self, model_inputs: Mapping[str, Any]) -> list[float] | None:
-        """Where each chunk of the batch begins, in seconds; None for audio that was not cut."""
-        stride, is_last = model_inputs.get("stride"), model_inputs.get("is_last")
-        if stride is None:
-            return None
-        single = isinstance(stride[0], (int, float))
-        strides: Sequence[Any] = [stride] if single else stride
-        ends = list(is_last) if isinstance(is_last, (list, tuple, Tensor)) else [is_last]
-        starts, reached = [], getattr(self._local, "reached", 0)
-        for (samples, left, right), last in zip(strides, ends, strict=True):
-            start = max(0, reached - int(left))
-            starts.append(start / self._rate)
-            reached = 0 if last else start + int(samples) - int(right)
-        self._local.reached = reached
-        return starts
 
 
 def _sounding_frames(given: Mapping[str, Any]) -> list[int] | None:

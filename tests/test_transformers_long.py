@@ -1,0 +1,101 @@
+"""A transformers pipeline over recordings longer than a window, decoded in sequence; from our own folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faster_models import clip
+
+import whisper_steer
+
+pytest.importorskip("transformers", reason="the runtime under test")
+
+from transformers import pipeline  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning")
+
+WORDS = "No, Sarah did not cover the little cat. Who has a blue coat?"
+INVENTED = "Thank you for watching."
+WINDOW = 30 * 16000
+QUICK = {"num_beams": 1, "temperature": 0.0, "condition_on_prev_tokens": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whisper_steer.convert("mini.en", "transformers", tmp_path_factory.mktemp("long") / "mini.en")
+
+
+def recogniser(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    return pipeline(
+        "automatic-speech-recognition",
+        model=str(folder),
+        device="cpu",
+        dtype=dtype,
+        model_kwargs={"attn_implementation": attention},
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Any:
+    return recogniser(folder, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def noise_then_speech() -> np.ndarray:
+    """A window of noise, then 5.4 s of speech."""
+    return np.concatenate([np.resize(clip("noise"), WINDOW), clip("speech")])
+
+
+@pytest.mark.parametrize("decode_withheld", [True, False])
+def test_in_sequence(plain: Any, noise_then_speech: np.ndarray, decode_withheld: bool) -> None:
+    before = plain(noise_then_speech, return_timestamps=True, generate_kwargs=QUICK)
+    assert INVENTED in before["text"] and WORDS in before["text"]
+    with whisper_steer.steer(plain, decode_withheld=decode_withheld) as handle:
+        after = plain(noise_then_speech, return_timestamps=True, generate_kwargs=QUICK)
+    assert after["text"].strip() == WORDS
+    assert "".join(chunk["text"] for chunk in after["chunks"]).strip() == WORDS
+    starts = [chunk["timestamp"][0] for chunk in after["chunks"] if chunk["text"].strip()]
+    assert all(30 <= start <= 36 for start in starts) and starts == sorted(starts)
+    (record,) = handle.withheld
+    assert (record.start, record.end) == (0.0, 30.0)
+    assert (record.text or "").strip().startswith(INVENTED if decode_withheld else "")
+    assert (record.text is None) == (not decode_withheld)
+    # transformers' own word times are absolute without our help
+    with whisper_steer.steer(plain, decode_withheld=decode_withheld):
+        words = plain(noise_then_speech, return_timestamps="word", generate_kwargs=QUICK)["chunks"]
+    assert "".join(word["text"] for word in words).strip() == WORDS and words[0]["timestamp"][0] >= 30
+    assert plain(noise_then_speech, return_timestamps=True, generate_kwargs=QUICK) == before
+
+
+def test_several_recordings_in_one_batch(plain: Any, noise_then_speech: np.ndarray) -> None:
+    rest = len(noise_then_speech) - WINDOW  # transformers cannot put different lengths into one batch
+    other = np.concatenate([np.resize(clip("speech"), WINDOW), clip("noise")[:rest]])
+    recordings = [noise_then_speech, other]
+    with whisper_steer.steer(plain) as handle:
+        alone = [plain(sound, return_timestamps=True, generate_kwargs=QUICK)["text"] for sound in recordings]
+        records = [(record.start, record.end) for record in handle.withheld]
+        together = plain(recordings, return_timestamps=True, generate_kwargs=QUICK, batch_size=2)
+    assert [found["text"] for found in together] == alone
+    assert alone[0].strip() == WORDS and "blue coat" in alone[1] and INVENTED not in alone[1]
+    assert records == [(0.0, 30.0), (30.0, pytest.approx(35.4, abs=0.05))]
+    times = [(record.start, record.end) for record in handle.withheld[2:]]
+    assert sorted(times) == [(0.0, 30.0), (30.0, pytest.approx(35.4, abs=0.05))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [(torch.bfloat16, "sdpa"), (torch.float16, "sdpa"), (torch.float32, "eager")],
+)
+def test_types_and_attention(
+    folder: Path, noise_then_speech: np.ndarray, dtype: torch.dtype, attention: str
+) -> None:
+    found = recogniser(folder, dtype, attention)
+    assert found.model.dtype == dtype and found.model.config._attn_implementation == attention
+    with whisper_steer.steer(found) as handle:
+        text = found(noise_then_speech, return_timestamps=True, generate_kwargs=QUICK)["text"]
+    assert text.strip() == WORDS
+    assert [(record.start, record.end) for record in handle.withheld] == [(0.0, 30.0)]
