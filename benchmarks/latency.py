@@ -281,9 +281,10 @@ def nonspeech(rounds: int, device: str, clock: Callable[[], float] = time.perf_c
 def settings(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(runtime, shape, batch) in the order in which they are measured, one model after another."""
     plan = [(name, shape, batch) for shape in args.shapes for name in args.runtimes for batch in args.batches]
-    if args.quick:  # batches last: what is left out for lack of time is left out there
-        plan = [(name, "tiny", batch) for batch in (1, 8) for name in args.runtimes]
-        plan = [("openai", "small", 1), *plan] if "openai" in args.runtimes else plan
+    if args.quick:  # the cheapest first: what is left out for lack of time is left out at the end
+        small = [("openai", "small", 1)] if "openai" in args.runtimes else []
+        one, eight = ([(name, "tiny", batch) for name in args.runtimes] for batch in (1, 8))
+        plan = [*one, *small, *eight]
     return [(name, shape, batch) for name, shape, batch in plan if batch == 1 or name != "whisper.cpp"]
 
 

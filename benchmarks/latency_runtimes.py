@@ -223,7 +223,7 @@ class _Opened:
     def __init__(self, path: Path) -> None:
         from pywhispercpp.model import Model
 
-        self.model = Model(str(path), redirect_whispercpp_logs_to=None)
+        self.model: Any = Model(str(path), redirect_whispercpp_logs_to=None)
         self.heard = False
 
     @property

@@ -122,10 +122,10 @@ def test_every_mode_changes_what_it_should(mode, m):
 def test_settings_quick_and_full():
     args = latency.parser().parse_args(["--quick", "--runtimes", "openai", "faster", "whisper.cpp"])
     assert settings(args) == [
-        ("openai", "small", 1),
         ("openai", "tiny", 1),
         ("faster", "tiny", 1),
         ("whisper.cpp", "tiny", 1),
+        ("openai", "small", 1),
         ("openai", "tiny", 8),
         ("faster", "tiny", 8),
     ]
@@ -165,9 +165,9 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
     rows = latency.run(latency.parser().parse_args(["--quick", "--rounds", "1", "--runtimes", "openai"]))
     assert [row.mode for row in rows] == ["shift_baked", "nonspeech"]
     assert capsys.readouterr().err.splitlines() == [
-        "latency: openai, small, batch 1",
-        "latency: stopped, for lack of time, after shift_baked of openai, small, batch 1",
-        "latency: left out, for lack of time: openai, tiny, batch 1",
+        "latency: openai, tiny, batch 1",
+        "latency: stopped, for lack of time, after shift_baked of openai, tiny, batch 1",
+        "latency: left out, for lack of time: openai, small, batch 1",
         "latency: left out, for lack of time: openai, tiny, batch 8",
     ]
 

@@ -91,15 +91,16 @@ def decode(data: bytes, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     if kind not in READABLE:
         raise FormatError(f"tensors of type {kind} cannot be read: expected {', '.join(READABLE)}")
     blocks = np.frombuffer(data, _BLOCKS[kind])
+    fields = blocks.dtype.names or ()
     scale = blocks["d"].astype(np.float32)[:, None]
     if kind == "q8_0":
         return (blocks["q"].astype(np.float32) * scale).reshape(shape)
     codes = np.concatenate([blocks["low"] & 0xF, blocks["low"] >> 4], axis=1)
-    if "high" in blocks.dtype.names:
+    if "high" in fields:
         fifth = (blocks["high"][:, None] >> np.arange(BLOCK, dtype=np.uint32)) & 1
         codes = codes | (fifth << 4).astype(np.uint8)
     values = codes.astype(np.float32)
-    if "m" in blocks.dtype.names:
+    if "m" in fields:
         return (values * scale + blocks["m"].astype(np.float32)[:, None]).reshape(shape)
     return ((values - (16 if kind == "q5_0" else 8)) * scale).reshape(shape)
 
