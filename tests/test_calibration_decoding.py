@@ -71,9 +71,12 @@ def test_withholding_takes_the_words_and_jumps_to_the_windows_end():
     transcript = ClipTranscript(
         " one two three", (window(0, " one", 3000), window(800, " two", 2200), window(3000, " three", 500)),
         ((0.1, -0.2), (0.3, -0.4)), 35.0,
+        ((0.0, 4.0, " one"), (8.0, 12.0, " two"), (30.0, 31.0, " th"), (31.0, 34.0, "ree")),
     )  # fmt: skip
     assert withhold(transcript, [False] * 3) == transcript
     first = withhold(transcript, [True, False, False])
+    assert first.segments == transcript.segments[2:]
+    assert withhold(transcript, [False, True, False]).segments == transcript.segments[:1] + first.segments
     assert first.text == " three"  # the second window lay inside the first
     assert [w.seek for w in first.windows] == [0, 3000]
     assert first.greedy == ((1.0, -100.0), (0.3, -0.4))

@@ -108,7 +108,7 @@ def _states(setup: Setup, clips: Sequence[Clip]) -> np.ndarray:
     from calibration.activations import cut_window, encode_windows, padded_log_mel, true_frames
 
     path: Path = setup.cache / "linear-gate-states.npz"
-    ids = np.array([f"{clip.category}:{clip.id}" for clip in clips])
+    ids = np.array([clip.id for clip in clips])
     if path.is_file():
         with np.load(path, allow_pickle=False) as kept:
             if np.array_equal(kept["ids"], ids):

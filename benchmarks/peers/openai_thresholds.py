@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import whisper
+
 from benchmarks.methods import Heard, Method, Setup
 from benchmarks.peers.intervention import GROUP, heard_of
 
@@ -30,6 +32,10 @@ class Thresholds:
 
     def prepare(self, setup: Setup) -> None:
         """Nothing to do."""
+
+    def fingerprint(self, setup: Setup) -> str:
+        """What the words depend on beside the model."""
+        return f"openai-whisper-{whisper.__version__}"
 
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         from calibration.decoding import iterate_transcripts

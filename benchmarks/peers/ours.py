@@ -78,7 +78,12 @@ class Steered:
 
     def fingerprint(self, setup: Setup) -> str:
         """What the words depend on beside the model."""
-        return steering_hash(steering_of(setup))
+        own = steering_hash(steering_of(setup))
+        if not self.vad:
+            return own
+        from benchmarks.peers.silero import vad_version
+
+        return f"{own}-{vad_version()}"
 
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         from whisper_steer.attach import steer

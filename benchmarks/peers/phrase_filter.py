@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 REPORTED = (
     "Thank you.",
     "Thanks for watching!",
-    "Thank you for watching.",
     "Untertitel im Auftrag des ZDF",
     "Sottotitoli creati dalla comunità Amara.org",
-    "Subtitles by the Amara.org community",
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _PHRASES = "bag of hallucinations"
@@ -67,7 +65,7 @@ class PhraseFilter:
     """See benchmarks.methods.Method; strength is the number of phrases."""
 
     name: str = "phrase-filter"
-    strengths: tuple[float, ...] = (6.0, 30.0, 100.0, 300.0)
+    strengths: tuple[float, ...] = (4.0, 10.0, 30.0, 100.0, 300.0)
     about: str = (
         "bag of hallucinations: sentences that users report, or that plain Whisper wrote over calibration "
         "non-speech, are deleted (after arXiv 2501.11378); strength: number of phrases"

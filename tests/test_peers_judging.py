@@ -1,0 +1,221 @@
+"""Methods that judge plain Whisper's transcripts, openai-whisper's own thresholds, and ours without gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from calibration_tools import clips, make_terse_whisper
+
+from benchmarks.hearing_cache import HearingCache
+from benchmarks.listening import PlainWhisper
+from benchmarks.methods import Setup, Unavailable
+from benchmarks.peers import all_methods, linear_gate, no_speech_prob, openai_thresholds, ours, phrase_filter
+from benchmarks.peers.judging import judge
+from calibration.decoding import ClipTranscript, DecodedWindow
+from calibration.hallucinations import labels_of
+from whisper_steer.attach import handles_of
+from whisper_steer.fileformat import model_metadata
+from whisper_steer.steering import Shift, Steering
+
+# openai-whisper leaves its vocabulary and its spelling table open until they are collected
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*whisper:ResourceWarning")
+
+SETS = clips(6, 6)
+EVERY = [clip for group in SETS.values() for clip in group]
+
+
+def transcript(*windows: tuple[str, float, float]) -> ClipTranscript:
+    """Windows of 30 s: (text, no_speech_prob, avg_logprob); each text is one segment."""
+    decoded = [DecodedWindow(3000 * n, 3000, text, p, logp, 0.0) for n, (text, p, logp) in enumerate(windows)]
+    segments = tuple((30.0 * n, 30.0 * n + 4, text) for n, (text, _, _) in enumerate(windows) if text)
+    return ClipTranscript(
+        "".join(text for text, _, _ in windows), tuple(decoded), tuple(window[1:] for window in windows),
+        30.0 * len(windows), segments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = make_terse_whisper(1)
+    model.name = "nobody-kept-it"
+    return model
+
+
+@pytest.fixture
+def setup(model, tmp_path) -> Setup:
+    plain = PlainWhisper(model, HearingCache(tmp_path), "f")
+    made = Setup(model, model.name, tmp_path, plain.heard, plain.windows, quick=True, progress=False)
+    made.calibration = SETS
+    made.labels = {clip.id: labels_of(found) for clip, found in zip(EVERY, plain.windows(EVERY), strict=True)}
+    return made
+
+
+def test_every_method_has_its_own_name_and_range() -> None:
+    methods = all_methods()
+    names = [method.name for method in methods]
+    assert names[0] == "plain" and len(set(names)) == len(names)
+    for method in methods:
+        assert list(method.strengths) == sorted(set(method.strengths)) and method.strengths[0] >= 0
+        assert set(getattr(method, "quick_strengths", ())) <= set(method.strengths)
+        assert "strength: " in method.about and "\n" not in method.about
+
+
+# -- judging --------------------------------------------------------------------------------------------
+
+
+def test_judging_decodes_nothing_again(setup, model, monkeypatch) -> None:
+    before = setup.plain(EVERY)
+    monkeypatch.setattr(type(model), "decode", None)
+    heard = list(judge(setup, EVERY, lambda _, kept: replace(kept, text=kept.text.upper())))
+    assert [one.text for one in heard] == [one.text.upper() for one in before]
+    assert [(one.nsp, one.hr) for one in heard] == [(one.nsp, one.hr) for one in before]
+    assert all(one.seconds >= was.seconds > 0 for one, was in zip(heard, before, strict=True))
+
+
+def test_no_speech_prob_alone_takes_confident_windows_too() -> None:
+    kept = transcript((" Hello.", 0.2, -0.1), (" Thank you.", 0.7, -0.1))
+    after = no_speech_prob.without_likely_silence(kept, 0.5)
+    assert after.text == " Hello." and after.segments == kept.segments[:1]
+    assert no_speech_prob.without_likely_silence(kept, 0.7) == kept  # above, not at the threshold
+    nothing = no_speech_prob.without_likely_silence(kept, 0.1)
+    assert nothing.text == "" and not nothing.nsp and not nothing.hr
+
+
+def test_phrases_are_mined_by_frequency() -> None:
+    texts = [" Bye. Go on.", " Bye.", " Go on.", " Bye!", " See.", ""]
+    bag = phrase_filter.mine(texts, 100)
+    reported = len(phrase_filter.REPORTED)
+    assert bag[:2] == ("thank you", "thanks for watching")
+    assert bag[reported:] == ("bye", "go on", "see")
+    assert phrase_filter.mine(texts, reported + 1) == bag[: reported + 1]
+    assert phrase_filter.mine([" Thank you.", " Thank you."], 100) == bag[:reported]  # no phrase twice
+
+
+def test_phrases_go_as_whole_sentences_only() -> None:
+    kept = transcript((" Thank you. I thank you all.", 0.2, -0.1), (" Bye! Thank you!", 0.9, -0.1))
+    after = phrase_filter.without_phrases(kept, {"thank you", "bye"})
+    assert after.text == " I thank you all."
+    assert after.segments == ((0.0, 4.0, " I thank you all."),)
+    assert (after.nsp, after.hr, after.greedy) == (kept.nsp, kept.hr, kept.greedy)
+    assert phrase_filter.without_phrases(kept, set()) == kept
+
+
+def test_phrase_filter_uses_as_many_phrases_as_its_strength(setup) -> None:
+    method = phrase_filter.METHODS[0]
+    method.prepare(setup)
+    bag = method.phrases(setup)
+    assert len(bag) > len(phrase_filter.REPORTED)  # the model wrote something over the tones
+    silent = SETS["tones"]
+    plain, filtered = setup.plain(silent), list(method.hear(setup, 300.0, silent))
+    assert any(one.text for one in plain) and not any(one.text for one in filtered)
+    few = list(method.hear(setup, float(len(phrase_filter.REPORTED)), silent))
+    assert [one.text.strip() for one in few] == [one.text.strip() for one in plain]
+
+
+# -- linear gate ----------------------------------------------------------------------------------------
+
+
+def test_linear_gate_separates_and_its_threshold_rejects_the_share() -> None:
+    rng = np.random.default_rng(0)
+    speech = np.arange(200) < 100
+    states = rng.normal(size=(200, 5)) * [1, 10, 1, 1, 100] + np.outer(speech, [4, 0, 0, 0, 0])
+    gate = linear_gate.fit_gate(states, speech)
+    scores = np.array([gate.score(state) for state in states])
+    assert np.mean((scores > 0) == speech) > 0.95
+    assert np.allclose(scores, states @ gate.coef + gate.intercept)
+    assert gate.held_out.shape == (100,) and np.corrcoef(gate.held_out, scores[:100])[0, 1] > 0.9
+    for rejected in (0.0, 0.1, 0.5):
+        assert np.mean(gate.held_out < gate.threshold(rejected)) == pytest.approx(rejected, abs=0.01)
+
+
+def test_linear_gate_reads_the_frames_of_every_window(setup) -> None:
+    from calibration.activations import encode_clip
+
+    clip = SETS["tones"][0]
+    frames = encode_clip(setup.model, clip.load(), [1]).frames[0].numpy()
+    kept = transcript((" a", 0.5, -0.1))
+    windows = (replace(kept.windows[0], size=100), replace(kept.windows[0], seek=100, size=100))
+    states = linear_gate.window_states(setup, clip, replace(kept, windows=windows))
+    assert states.shape == (2, 32)
+    assert np.allclose(states[0], frames[:50].mean(axis=0)) and np.allclose(
+        states[1], frames[50:].mean(axis=0)
+    )
+
+
+def test_linear_gate_withholds_tones_and_is_fitted_once(setup, monkeypatch) -> None:
+    method = linear_gate.METHODS[0]
+    heard = list(method.hear(setup, 0.001, EVERY))
+    assert [bool(one.text) for one in heard[:6]] == [bool(one.text) for one in setup.plain(SETS["speech"])]
+    assert not any(one.text or one.nsp or one.hr for one in heard[6:])
+    setup.memory.clear()
+    monkeypatch.setattr("calibration.activations.encode_windows", None)
+    method.prepare(setup)  # from setup.cache
+    setup.memory.clear()
+    setup.calibration = {"tones": SETS["tones"]}
+    with pytest.raises(Unavailable, match="fitted on speech and non-speech clips"):
+        method.prepare(setup)
+
+
+# -- openai-whisper's thresholds ------------------------------------------------------------------------
+
+
+def test_thresholds_reach_whisper(setup) -> None:
+    by_name = {method.name: method for method in openai_thresholds.METHODS}
+    clip = SETS["tones"][:1]
+    (p,) = [greedy[0] for greedy in setup.plain_windows(clip)[0].greedy]
+    method = by_name["openai-no-logprob-threshold"]
+    assert [one.text for one in method.hear(setup, p * 0.99, clip)] == [""]
+    (kept,) = method.hear(setup, min(1.0, p * 1.01), clip)
+    assert kept.text
+    strict = by_name["openai-logprob-threshold"].options(0.2)
+    assert strict == {"logprob_threshold": -0.2}
+    assert by_name["openai-no-speech-threshold"].options(0.4) == {"no_speech_threshold": 0.4}
+    assert by_name["openai-no-skip-rule"].options(1.0) == {"no_speech_threshold": None}
+
+
+# -- ours -----------------------------------------------------------------------------------------------
+
+
+def test_ours_needs_a_steering_of_the_model(setup) -> None:
+    with pytest.raises(Unavailable, match="no steering is bundled for nobody-kept-it: pass --steering FILE"):
+        ours.METHODS[0].prepare(setup)
+
+
+def test_the_fingerprint_follows_the_steering(setup, tmp_path) -> None:
+    steerings = [
+        Steering((Shift(1, torch.ones(32), strength),), None, model_metadata(setup.model))
+        for strength in (1.0, 1.0, 2.0)
+    ]
+    first, same, other = map(ours.steering_hash, steerings)
+    assert first == same != other
+    steerings[2].save(tmp_path / "s.safetensors")
+    setup.steering = str(tmp_path / "s.safetensors")
+    assert ours.METHODS[0].fingerprint(setup) == ours.steering_hash(ours.steering_of(setup))
+
+
+def test_the_multiple_is_the_best_within_the_budget(setup, monkeypatch) -> None:
+    """What each multiple does is made up: 4 silences most at no cost, 16 silences all and costs words."""
+    left = {1.0: 5, 4.0: 2, 16.0: 0}
+    applied: list[float] = []
+
+    def transcribe(model, audios):
+        (handle,) = handles_of(model)
+        (edit,) = handle.steering.edits
+        applied.append(edit.strength)
+        spoken = "hello world" if edit.strength < 16 else "hello"
+        silent = ["you" if index < left[edit.strength] else "" for index in range(len(audios) - 6)]
+        return [transcript((text, 0.5, -0.1)) for text in (*silent, *[spoken] * 6)]
+
+    for clip in EVERY:
+        text = "hello world" if clip.kind == "speech" else "you"
+        setup.labels[clip.id] = labels_of(transcript((text, 0.1, -0.1)))
+    monkeypatch.setattr("calibration.decoding.transcribe_clips", transcribe)
+    fitted = Shift(1, torch.ones(32), 1.0)
+    assert ours.choose_multiple(setup, fitted) == 4.0
+    assert applied == list(ours.QUICK_MULTIPLES) and handles_of(setup.model) == ()
+    first = ours._calibrated(setup, "ours-shift", fitted)
+    again = ours._calibrated(setup, "ours-shift", fitted)
+    assert first.strength == again.strength == 4.0 and len(applied) == 6  # kept in setup.cache
