@@ -144,8 +144,11 @@ class TransformersRuntime:
         self.openai = OpenAIRuntime(model, device)
         self.model = from_openai(model)
         self.model.generation_config.suppress_tokens = [self.openai.end]
-        # the length is given with every call; both together make transformers warn each time
-        self.model.generation_config.max_length = None
+        # not max_new_tokens: transformers 5 warns at every call that there is a max_length, too. The prompt is
+        # not counted. With a language given, no pass of the decoder is spent on finding it.
+        self.options: dict[str, Any] = {"max_length": TOKENS, "num_beams": 1}
+        if model.is_multilingual:
+            self.options["language"] = "en"
 
     def features(self, audio: Tensor) -> Tensor:
         return self.openai.features(audio)
@@ -155,7 +158,7 @@ class TransformersRuntime:
             return self.model.model.encoder(features)
 
     def decode(self, encoded: Any) -> Any:
-        return self.model.generate(encoder_outputs=encoded, max_new_tokens=TOKENS, num_beams=1)
+        return self.model.generate(encoder_outputs=encoded, **self.options)
 
     def steered(self, steering: Steering) -> Any:
         return steer(self.model, steering=steering)

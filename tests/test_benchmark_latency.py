@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_whisper
+from conftest import TINY_DIMS, make_tiny_whisper
 from steering_files import brief_whisper
 
 from benchmarks import latency, latency_runtimes
@@ -199,6 +199,18 @@ def test_baking_leaves_the_very_weights():
     with runtime.baked(steering.edits[0]):
         assert torch.allclose(runtime.encode(features), hooked, atol=1e-5)
     assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("vocabulary", [51864, 51865])
+def test_transformers_writes_as_many_tokens_as_the_others(monkeypatch, vocabulary):
+    pytest.importorskip("transformers", reason="pip install whisper-steer[hf]")
+    monkeypatch.setattr(latency_runtimes, "TOKENS", 5)
+    runtime = latency_runtimes.TransformersRuntime(
+        make_tiny_whisper(dims=replace(TINY_DIMS, n_vocab=vocabulary)), "cpu"
+    )
+    encoded, passes = runtime.encode(runtime.features(latency_runtimes.sound(2))), []
+    runtime.model.model.decoder.register_forward_hook(lambda *call: passes.append(1))
+    assert runtime.decode(encoded).shape == (2, 5) and len(passes) == 5
 
 
 def test_whisper_cpp_is_measured_with_its_own_files(monkeypatch):
