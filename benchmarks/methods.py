@@ -1,9 +1,13 @@
 """What the trade-off benchmark asks of a method: to make words of clips, at one of its strengths.
 
 Every competitor and every form of ours is one small file in `benchmarks/peers/` whose METHODS lists its
-Method objects. `Setup` is what they may use: the model, its SAEs, the calibration clips with the labels of plain
-Whisper (methods may be fitted on those, never on the test split), and plain Whisper's transcripts of the clips
-that are measured, for methods that only judge what plain Whisper wrote.
+Method objects. `Setup` is what they may use: the model, its SAEs, the calibration clips with the labels of
+plain Whisper (methods may be fitted on those, never on the test split), and plain Whisper's transcripts of
+the clips that are measured, for methods that only judge what plain Whisper wrote.
+
+A method may have two more members: quick_strengths, the range of a quick run (none: left out of it), and
+fingerprint(setup), a string that changes with what its words depend on beside the model's weights; without
+it that is taken to be everything that methods can be fitted on.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class Heard:
 
     text: as the method's runtime returns it. segments: (start, end, text), seconds, in time order. nsp, hr:
     the two label events of the first greedy pass (a suppressed window counts as recognised non-speech); None
-    where the runtime does not show the scores. seconds: compute time spent on the clip, of one thread of work.
+    where the runtime does not show the scores. seconds: compute time spent on the clip.
     """
 
     text: str

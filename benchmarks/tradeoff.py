@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.hearing_cache import ClipRecord
     from calibration.corpus import Clip
 
-QUICK_CLIPS = 6  # per set: all methods end within 15 minutes on two cores
+QUICK_CLIPS = 5  # per set: all methods end within 15 minutes on two cores
 
 
 def describe_measured(model: Whisper, records: Sequence[ClipRecord]) -> str:

@@ -197,15 +197,16 @@ def test_the_fingerprint_follows_the_steering(setup, tmp_path) -> None:
 
 
 def test_the_multiple_is_the_best_within_the_budget(setup, monkeypatch) -> None:
-    """What each multiple does is made up: 4 silences most at no cost, 16 silences all and costs words."""
-    left = {1.0: 5, 4.0: 2, 16.0: 0}
+    """What each multiple does is made up: a quarter silences most at no cost, the whole
+    silences all and costs words."""
+    left = {1 / 16: 5, 1 / 4: 2, 1.0: 0}
     applied: list[float] = []
 
     def transcribe(model, audios):
         (handle,) = handles_of(model)
         (edit,) = handle.steering.edits
         applied.append(edit.strength)
-        spoken = "hello world" if edit.strength < 16 else "hello"
+        spoken = "hello world" if edit.strength < 1 else "hello"
         silent = ["you" if index < left[edit.strength] else "" for index in range(len(audios) - 6)]
         return [transcript((text, 0.5, -0.1)) for text in (*silent, *[spoken] * 6)]
 
@@ -214,8 +215,8 @@ def test_the_multiple_is_the_best_within_the_budget(setup, monkeypatch) -> None:
         setup.labels[clip.id] = labels_of(transcript((text, 0.1, -0.1)))
     monkeypatch.setattr("calibration.decoding.transcribe_clips", transcribe)
     fitted = Shift(1, torch.ones(32), 1.0)
-    assert ours.choose_multiple(setup, fitted) == 4.0
+    assert ours.choose_multiple(setup, fitted) == 0.25
     assert applied == list(ours.QUICK_MULTIPLES) and handles_of(setup.model) == ()
     first = ours._calibrated(setup, "ours-shift", fitted)
     again = ours._calibrated(setup, "ours-shift", fitted)
-    assert first.strength == again.strength == 4.0 and len(applied) == 6  # kept in setup.cache
+    assert first.strength == again.strength == 0.25 and len(applied) == 6  # kept in setup.cache

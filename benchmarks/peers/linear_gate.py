@@ -94,7 +94,7 @@ def _fit(setup: Setup) -> LinearGate:
     speech = [clip for clip in clips if clip.kind != "nonspeech"]
     if min(len(speech), len(nonspeech)) < 2:
         raise Unavailable("it is fitted on speech and non-speech clips, and the calibration split lacks one")
-    chosen = [*evenly(speech, 2 * len(nonspeech)), *nonspeech]
+    chosen = [*evenly(speech, (1 if setup.quick else 2) * len(nonspeech)), *nonspeech]
     states = _states(setup, chosen)
     return fit_gate(states, np.array([clip.kind != "nonspeech" for clip in chosen]))
 

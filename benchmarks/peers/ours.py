@@ -29,8 +29,8 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5)
 QUICK_ALPHAS = (0.5, 1.0)
 LABELS = ("text", "hr", "nsp")
 TOP_K = 25
-MULTIPLES = (1.0, 2.0, 4.0, 8.0, 16.0)
-QUICK_MULTIPLES = (1.0, 4.0, 16.0)
+MULTIPLES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+QUICK_MULTIPLES = (1 / 16, 1 / 4, 1.0)
 TRIED, QUICK_TRIED = 24, 8  # calibration clips of each kind on which the multiple is chosen
 WER_BUDGET = 0.01
 
