@@ -144,8 +144,8 @@ class TransformersRuntime:
         self.openai = OpenAIRuntime(model, device)
         self.model = from_openai(model)
         self.model.generation_config.suppress_tokens = [self.openai.end]
-        # not max_new_tokens: transformers 5 warns at every call that there is a max_length, too. The prompt is
-        # not counted. With a language given, no pass of the decoder is spent on finding it.
+        # not max_new_tokens: transformers 5 warns at every call that there is a max_length, too. The prompt
+        # is not counted. With a language given, no pass of the decoder is spent on finding it.
         self.options: dict[str, Any] = {"max_length": TOKENS, "num_beams": 1}
         if model.is_multilingual:
             self.options["language"] = "en"
