@@ -11,7 +11,7 @@ from calibration_tools import clips, make_terse_whisper
 
 from benchmarks.hearing_cache import HearingCache
 from benchmarks.listening import PlainWhisper
-from benchmarks.methods import Setup, Unavailable
+from benchmarks.methods import Heard, Setup, Unavailable
 from benchmarks.peers import all_methods, linear_gate, no_speech_prob, openai_thresholds, ours, phrase_filter
 from benchmarks.peers.judging import judge
 from calibration.decoding import ClipTranscript, DecodedWindow
@@ -174,6 +174,26 @@ def test_thresholds_reach_whisper(setup) -> None:
     assert strict == {"logprob_threshold": -0.2}
     assert by_name["openai-no-speech-threshold"].options(0.4) == {"no_speech_threshold": 0.4}
     assert by_name["openai-no-skip-rule"].options(1.0) == {"no_speech_threshold": None}
+
+
+def test_a_window_that_the_rule_skips_counts_as_recognised() -> None:
+    greedy = ((0.3, -1.5), (0.7, -0.2), (0.7, -1.5))
+    rules = {
+        (): [False, False, True],
+        (("logprob_threshold", None),): [False, True, True],
+        (("no_speech_threshold", 0.2),): [True, False, True],
+        (("logprob_threshold", -0.1), ("no_speech_threshold", 0.2)): [True, True, True],
+        (("no_speech_threshold", None),): [False, False, False],
+    }
+    for options, expected in rules.items():
+        assert [openai_thresholds.skips(*scores, dict(options)) for scores in greedy] == expected
+    heard = Heard("", (), None, None, 1.0)
+    events = [
+        (found.nsp, found.hr)
+        for options in rules
+        for found in [openai_thresholds.judged_by(heard, greedy, dict(options))]
+    ]
+    assert events == [(True, True), (True, True), (False, True), (False, False), (True, True)]
 
 
 # -- ours -----------------------------------------------------------------------------------------------

