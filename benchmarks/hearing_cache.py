@@ -15,12 +15,13 @@ not read; of several lines for one clip the last one counts.
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -169,10 +170,12 @@ class HearingCache:
             reason = error.strerror or error
             raise UsageError(f"cannot write {path}: {reason}; choose another --out") from error
 
+    def forget(self, method: str) -> None:
+        """Deletes what is kept of a method."""
+        shutil.rmtree(self.path(method, 0.0).parent, ignore_errors=True)
+
     def settings(self) -> Iterator[tuple[str, float]]:
         """(method, strength) of every file that is there, in order of name and strength."""
-        from urllib.parse import unquote
-
         for folder in sorted((self.out / HEARD).glob("*")):
             for strength in sorted(float(path.stem) for path in folder.glob("*.jsonl")):
                 yield unquote(folder.name), strength

@@ -130,6 +130,26 @@ def paired_rows(results: Results, methods: Sequence[Method]) -> list[dict[str, A
     ]
 
 
+def describe_methods(
+    methods: Sequence[Method], strengths: Mapping[str, Sequence[float]], results: Results
+) -> dict[str, Any]:
+    """What run.json says of the methods that were chosen."""
+    return {
+        "methods": {
+            method.name: {
+                "about": method.about,
+                "strengths": list(strengths[method.name]),
+                "fingerprint": results.fingerprints[method.name],
+            }
+            for method in methods
+            if method.name in results.fingerprints
+        },
+        "unavailable": results.unavailable,
+        "not_in_quick": [method.name for method in methods if not strengths[method.name]],
+        "reference": list(REFERENCE),
+    }
+
+
 def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
     """By clip id the probability that nobody speaks, of the window most like speech, by the gate of the
     measured steering; empty if it has none."""

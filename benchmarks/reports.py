@@ -1,4 +1,4 @@
-"""Rows of a benchmark as a person or a program reads them: tables, sentences, CSV, points of a plot.
+"""Rows of a benchmark as a person or a program reads them: tables, sentences, CSV.
 
 A row is a dict with the keys COLUMNS; a rate that its set cannot have is None (WER of non-speech, FPR of
 speech).
@@ -14,8 +14,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.plots import Point
-
 NONSPEECH_RATES = ("text_fpr", "nsp_fpr", "hr", "words_per_min")
 SPEECH_RATES = ("wer", "sub", "del", "ins", "empty_speech")
 RATES = NONSPEECH_RATES + SPEECH_RATES
@@ -23,7 +21,6 @@ COLUMNS = (
     "method", "alpha", "set", "clips", "audio",
     *(name + end for name in RATES for end in ("", "_lo", "_hi")), "seconds",
 )  # fmt: skip
-PLAIN = "plain"
 ALL_SPEECH, ALL_NONSPEECH, ALL = "all_speech", "all_nonspeech", "all"
 SYNTHETIC, REAL = "_synthetic", "_real"  # ends of the names of a pool's halves
 # at alpha 1: text-FPR relative, WER absolute, share of speech clips that come back empty
@@ -197,33 +194,6 @@ def _points_of(row: Row, name: str) -> str:
         return "-"
     value, lo, hi = (100 * row[f"{name}_diff{end}"] + 0.0 for end in ("", "_lo", "_hi"))
     return f"{value:+.1f} [{lo:+.1f}, {hi:+.1f}]"
-
-
-def curves(rows: Sequence[Row], most: int | None = None) -> dict[str, dict[str, list[Point]]]:
-    """Points of the frontier by panel and method: one panel each for synthetic and real clips where both
-    pools have both, else one for all. Settings without both rates are left out.
-
-    most: as many methods at most, ours first, then in the order of the rows.
-    """
-    names = [name for name in dict.fromkeys(row["method"] for row in rows) if name != PLAIN]
-    names.sort(key=lambda name: not name.startswith(OURS))  # stable: the others keep their order
-    kept = set(names[:most]) if names else {PLAIN}
-    rows = [row for row in rows if row["method"] in kept]
-    panels = {"synthetic clips": _points(rows, SYNTHETIC), "real recordings": _points(rows, REAL)}
-    if not all(panels.values()):
-        panels = {"all clips": _points(rows, "")}
-    return {name: points for name, points in panels.items() if points}
-
-
-def _points(rows: Sequence[Row], half: str) -> dict[str, list[Point]]:
-    points: dict[str, list[Point]] = {}
-    for method, alpha, silent, spoken in pooled_rows(rows, half):
-        if silent.get("text_fpr") is None or spoken.get("wer") is None:
-            continue
-        across = (silent["text_fpr"], silent["text_fpr_lo"], silent["text_fpr_hi"])
-        up = (spoken["wer"], spoken["wer_lo"], spoken["wer_hi"])
-        points.setdefault(method, []).append(Point(alpha, across, up))
-    return points
 
 
 def as_csv(rows: Sequence[Row]) -> str:

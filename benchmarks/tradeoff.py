@@ -12,7 +12,8 @@ as recognised non-speech. "alpha" is a method's strength, and 0 is plain Whisper
 method. Every other setting is compared with ours at alpha 1 over the same clips.
 
 What is heard is kept under --out clip by clip: a run that was stopped goes on where it was, and one method
-more costs only that method. Prints tables; writes rows.json, paired.json, tradeoff.csv, run.json and a report
+more costs only that method (--fresh: after a change of the code, which the kept files do not know of). Prints
+tables; writes rows.json, paired.json, tradeoff.csv, run.json and a report
 with its pictures to --out, and with --json the rows as one flat list.
 """
 
@@ -28,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import plots, reports
+from benchmarks import reports
 from benchmarks.files import write_whole
 from benchmarks.methods import Setup
 from whisper_steer.errors import UsageError, WhisperSteerError
@@ -99,6 +100,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--labels",
         type=Path,
         help="labels of plain Whisper on calibration clips (default: found or made)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="measure the methods anew, whatever --out keeps of them",
     )
     parser.add_argument("--device", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("out/tradeoff"), help="folder for results")
@@ -174,6 +180,10 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     setup.cache.mkdir(parents=True, exist_ok=True)
     running = [method for method in methods if strengths[method.name]]
+    if options.fresh:
+        for method in running:
+            if method.name != "plain" or options.methods is None or "plain" in options.methods:
+                cache.forget(method.name)
     results = measuring.measure(
         cache, setup, running, strengths, sets,
         lambda method: listening.fingerprint_of(method, setup, crc, fits),
@@ -200,18 +210,7 @@ def run(options: argparse.Namespace) -> None:
         "data": None if options.data is None else str(options.data.resolve()),
         "quick": options.quick,
         "steering": options.steering,
-        "methods": {
-            method.name: {
-                "about": method.about,
-                "strengths": list(strengths[method.name]),
-                "fingerprint": results.fingerprints[method.name],
-            }
-            for method in running
-            if method.name in results.fingerprints
-        },
-        "unavailable": results.unavailable,
-        "not_in_quick": [method.name for method in methods if not strengths[method.name]],
-        "reference": list(measuring.REFERENCE),
+        **measuring.describe_methods(methods, strengths, results),
         "sets": corpus.describe({group: [clip for clip, _ in pairs] for group, pairs in sets.items()}),
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
@@ -240,10 +239,6 @@ def write_results(
         write_whole(out / hearing_cache.PAIRED, json.dumps(paired, indent=1, allow_nan=False) + "\n"),
         write_whole(out / "tradeoff.csv", reports.as_csv(rows)),
     ]
-    if panels := reports.curves(rows, len(plots.COLOURS)):
-        picture, title = out / "tradeoff.png", "What steering saves and what it costs"
-        plots.frontier(panels, picture, title=title, subtitle=str(record["measured"]))
-        written.append(picture)
     if options.json:
         written.append(write_whole(options.json, text))
     return written

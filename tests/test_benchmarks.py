@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,13 @@ import torch
 from conftest import make_tiny_whisper
 from whisper.model import ModelDimensions, Whisper
 
-from benchmarks import measuring, plots, reports, rows, tradeoff
+from benchmarks import measuring, reports, rows, tradeoff
 from benchmarks.files import write_whole
 from benchmarks.hearing_cache import ClipRecord, HearingCache, clip_record, read_clips, read_run
 from benchmarks.listening import PlainWhisper
 from benchmarks.methods import Heard, Setup, Unavailable
 from benchmarks.peers.ours import METHODS as OURS
 from benchmarks.peers.plain import Plain
-from benchmarks.plots import Point
 from benchmarks.rows import Measured
 from calibration.corpus import Clip
 from whisper_steer.errors import UsageError
@@ -375,15 +373,6 @@ def test_csv_leaves_cells_empty_where_nothing_applies() -> None:
     assert read[0]["set"] == "noise" and read[0]["wer"] == "" and read[0]["text_fpr"] == "0.6"
 
 
-def test_curves_join_both_pools() -> None:
-    panels = reports.curves(made_rows())
-    assert list(panels) == ["all clips"] and list(panels["all clips"]) == ["whisper-steer", "audiosae"]
-    assert panels["all clips"]["whisper-steer"][1] == Point(
-        1.0, (0.03, 0.015, 0.045), (0.0408, 0.0408 * 0.5, 0.0408 * 1.5)
-    )
-    assert reports.curves([row for row in made_rows() if row["set"] != "all_speech"]) == {}
-
-
 def test_synthetic_and_real_clips_are_shown_apart() -> None:
     rows = made_rows()
     halves = [
@@ -392,19 +381,10 @@ def test_synthetic_and_real_clips_are_shown_apart() -> None:
         for row in rows
         if row["set"].startswith("all_")
     ]
-    panels = reports.curves(rows + halves)
-    assert list(panels) == ["synthetic clips", "real recordings"]
-    assert panels["real recordings"]["audiosae"][1].wer[0] == pytest.approx(2.4)
     lines = reports.headline(rows + halves)
     assert len(lines) == 3
     assert lines[2].startswith("whisper-steer, alpha 1, real clips: text-FPR 60.0 -> 3.0 %")
     assert "WER 40.00 -> 40.80 % (+0.80 points; target at most +0.1: missed)" in lines[2]
-
-
-def test_curves_of_many_methods_begin_with_ours() -> None:
-    found = [{**row, "method": f"rival-{number}"} for number in range(3) for row in made_rows()[:8]]
-    curves = reports.curves([*found, *made_rows()], 2)["all clips"]
-    assert list(curves) == ["rival-0", "whisper-steer"]
 
 
 def test_paired_table_shows_points() -> None:
@@ -429,37 +409,6 @@ def test_time_is_shown_per_minute_of_audio() -> None:
         console.print(table)
     text = console.file.getvalue()
     assert "s per min" in text and "3.0" in text and "0.8" in text  # 1.5 s for 0.5 and for 2 minutes
-
-
-def test_points_at_one_place_share_a_label() -> None:
-    def at(alpha: float, fpr: float) -> Point:
-        return Point(alpha, (fpr, fpr, fpr), (0.05, 0.05, 0.05))
-
-    places = plots._shared_places([at(0.5, 0.1), at(0.75, 0.1002), at(1.0, 0.2)])
-    assert places == {(10.0, 5.0): [0.5, 0.75], (20.0, 5.0): [1.0]}
-
-
-def test_arms_never_point_backwards() -> None:
-    assert plots._arms([(0.5, 0.4, 0.7), (0.5, 0.5000001, 0.4999999)]) == [
-        pytest.approx([10.0, 0.0]),
-        pytest.approx([20.0, 0.0]),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("worst", "panels", "size"), [(0.05, ["all"], (1350, 900)), (1.2, ["synthetic", "real"], (2100, 900))]
-)  # a linear and a logarithmic axis
-def test_frontier_is_a_png_of_the_stated_size(
-    tmp_path: Path, worst: float, panels: list[str], size: tuple[int, int]
-) -> None:
-    path = tmp_path / "frontier.png"
-    points = [Point(0.0, (0.6, 0.5, 0.7), (0.04, 0.03, 0.05)), Point(1.0, (0.0,) * 3, (worst,) * 3)]
-    curves = dict.fromkeys(panels, {"whisper-steer": points})
-    plots.frontier(curves, path, title="title", subtitle="subtitle")
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == size
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # -- command --------------------------------------------------------------------------------------------
@@ -517,7 +466,7 @@ def test_command_prints_and_writes_everything(
     assert "tiny-random (d_model 64, 2 blocks); 1 speech clips (1 synthetic, 0 real)" in shown.out
     assert "whisper-steer, alpha 1: text-FPR" in shown.out
     assert "Minus whisper-steer, alpha 1" in shown.out
-    names = ("tradeoff.csv", "tradeoff.png", "run.json", "rows.json", "paired.json", "clips.jsonl")
+    names = ("tradeoff.csv", "run.json", "rows.json", "paired.json", "clips.jsonl")
     for path in (*(out / name for name in names), out / "report.html", rows_file):
         assert f"wrote {path}" in shown.out and path.is_file()
     assert sorted(path.name for path in out.glob("heard/*/*")) == ["0.jsonl", "1.jsonl"]
@@ -546,6 +495,18 @@ def test_command_prints_and_writes_everything(
     fingerprint = run["methods"]["plain"]["fingerprint"]
     kept = HearingCache(out).read("plain", 0.0, fingerprint)
     assert set(kept) == {(record.id, record.crc) for record in records}
+
+
+def test_fresh_measures_again(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steering", str(bench), "--alphas", "1", "--limit", "1", "--methods", "whisper-steer"]
+    arguments += ["--out", str(tmp_path / "out")]
+    path = HearingCache(tmp_path / "out").path("whisper-steer", 1.0)
+    assert tradeoff.main(arguments) == 0
+    first = path.read_text()
+    assert tradeoff.main(arguments) == 0 and path.read_text() == first
+    path.write_text(first.replace('"seconds": ', '"seconds": 1000'))
+    assert tradeoff.main([*arguments, "--fresh"]) == 0
+    assert len(path.read_text().splitlines()) == 2 and '"seconds": 1000' not in path.read_text()
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
