@@ -13,8 +13,8 @@ method. Every other setting is compared with ours at alpha 1 over the same clips
 
 What is heard is kept under --out clip by clip: a run that was stopped goes on where it was, and one method
 more costs only that method (--fresh: after a change of the code, which the kept files do not know of). Prints
-tables; writes rows.json, paired.json, tradeoff.csv, run.json and a report
-with its pictures to --out, and with --json the rows as one flat list.
+tables; writes rows.json, paired.json, tradeoff.csv, run.json and a report with its pictures to --out, and
+with --json the rows as one flat list.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="measure the methods anew, whatever --out keeps of them",
+        help="measure the methods anew (fits in OUT/fitted stay)",
     )
     parser.add_argument("--device", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("out/tradeoff"), help="folder for results")
