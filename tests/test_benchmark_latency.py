@@ -72,6 +72,7 @@ def test_a_late_round_is_the_last_but_one_is_always_counted():
         ({"mode": "gated_latents", "shape": "tiny"}, "cpu", ""),
         ({"mode": "reconstruction", "encoder_ratio": 1.2, "encoder_low": 1.1}, "cpu", "<= 1.08: no"),
         ({"mode": "reconstruction"}, "cuda", ""),
+        ({"mode": "reconstruction", "shape": "tiny"}, "cpu", ""),
         ({"mode": "nonspeech", "encoder_ratio": None}, "cpu", ""),
     ],
 )
@@ -136,10 +137,10 @@ def test_settings_quick_and_full():
 
 
 def test_modes_by_runtime():
-    assert modes_of("openai", False, 8) == modes_of("transformers", True, 1) == list(latency.MODES)
-    assert ("shift_hook", None) not in modes_of("faster", False, 1)
-    assert modes_of("whisper.cpp", False, 1) == [("shift_baked", None)]
-    assert [mode for mode, _ in modes_of("faster", True, 8)] == [
+    assert modes_of("openai", False) == modes_of("transformers", False) == list(latency.MODES)
+    assert ("shift_hook", None) not in modes_of("faster", False)
+    assert modes_of("whisper.cpp", False) == [("shift_baked", None)]
+    assert [mode for mode, _ in modes_of("faster", True)] == [
         "shift_baked",
         "gated_latents",
         "reconstruction",
@@ -150,7 +151,8 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
     """The clock stands still until the first row, then jumps past the end."""
     now = [0.0]
 
-    def one_row(runtime, name, shape, batch, args, late):
+    def one_row(runtime, name, shape, batch, modes, args, late):
+        assert modes == list(latency.MODES)
         assert not late()
         now[0] = latency.QUICK_SECONDS + 1
         assert late()
