@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_tools import clips, make_terse_whisper
+from test_sae import random_sae
 
 from benchmarks.hearing_cache import HearingCache
 from benchmarks.listening import PlainWhisper
@@ -18,7 +19,7 @@ from calibration.decoding import ClipTranscript, DecodedWindow
 from calibration.hallucinations import labels_of
 from whisper_steer.attach import handles_of
 from whisper_steer.fileformat import model_metadata
-from whisper_steer.steering import Shift, Steering
+from whisper_steer.steering import LatentEdit, Shift, Steering
 
 # openai-whisper leaves its vocabulary and its spelling table open until they are collected
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file.*whisper:ResourceWarning")
@@ -239,4 +240,16 @@ def test_the_multiple_is_the_best_within_the_budget(setup, monkeypatch) -> None:
     assert applied == list(ours.QUICK_MULTIPLES) and handles_of(setup.model) == ()
     first = ours._calibrated(setup, "ours-shift", fitted)
     again = ours._calibrated(setup, "ours-shift", fitted)
-    assert first.strength == again.strength == 0.25 and len(applied) == 6  # kept in setup.cache
+    assert len(applied) == 6  # kept in setup.cache
+    x = torch.zeros(2, 32)
+    for edit in (first, again):  # strength 1 is the chosen multiple
+        assert torch.equal(edit(x, 1.0), torch.full((2, 32), 0.25))
+
+
+def test_strength_1_of_latents_is_the_chosen_multiple() -> None:
+    sae = random_sae(5, d=32, n=40, layer=1)
+    edit = LatentEdit.from_sae(sae, [3, 8, 30], torch.tensor([1.0, -2.0, 0.5]), floor=True)
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    scaled = replace(ours.times(edit, 0.25), strength=2.0)
+    assert torch.allclose(scaled(x, 1.0), replace(edit, strength=0.5)(x, 1.0))
+    assert not torch.equal(scaled(x, 1.0), x)

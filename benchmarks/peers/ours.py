@@ -147,7 +147,7 @@ def fit_latents(setup: Setup) -> Shift | LatentEdit:
 
 
 def _calibrated(setup: Setup, name: str, fitted: Shift | LatentEdit) -> Shift | LatentEdit:
-    """The edit at its chosen multiple, as strength 1; kept in setup.cache."""
+    """The edit with its chosen multiple as strength 1; kept in setup.cache."""
     from whisper_steer.fileformat import model_metadata
     from whisper_steer.steering import Steering
 
@@ -155,12 +155,22 @@ def _calibrated(setup: Setup, name: str, fitted: Shift | LatentEdit) -> Shift | 
     if path.is_file():
         try:
             (kept,) = Steering.load(path).edits
-            return replace(fitted, strength=kept.strength)
+            return times(fitted, kept.strength)
         except (FormatError, ValueError):
             pass  # damaged: choose again
-    edit = replace(fitted, strength=choose_multiple(setup, fitted))
+    multiple = choose_multiple(setup, fitted)
+    edit = replace(fitted, strength=multiple)
     Steering((edit,), None, {"name": name, **model_metadata(setup.model)}).save(path)
-    return edit
+    return times(fitted, multiple)
+
+
+def times(edit: Shift | LatentEdit, multiple: float) -> Shift | LatentEdit:
+    """The edit whose strength 1 is strength `multiple` of this one."""
+    from whisper_steer.steering import LatentEdit
+
+    if isinstance(edit, LatentEdit):
+        return replace(edit, values=multiple * edit.values)
+    return replace(edit, direction=multiple * edit.direction)
 
 
 def choose_multiple(setup: Setup, fitted: Shift | LatentEdit) -> float:
