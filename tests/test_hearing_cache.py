@@ -13,6 +13,7 @@ from benchmarks.hearing_cache import (
     HearingCache,
     audio_crc,
     clip_record,
+    load_clips,
     read_clips,
     read_run,
     write_clips,
@@ -91,6 +92,23 @@ def test_clips_are_read_back(tmp_path: Path) -> None:
     assert records[0].seconds == 0.5 and records[0].crc == audio_crc(audio.astype(np.float64))
     assert records[0].intervals == ((0.1, 0.4),) and records[1].intervals is None
     assert [record.is_speech for record in records] == [True, False]
+
+
+def test_measured_clips_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken, noise = (Clip(name, "speech", "speech", "test") for name in ("s/0", "s/1"))
+    asked: list[tuple[object, ...]] = []
+
+    def eval_sets(*arguments: object) -> dict[str, list[Clip]]:
+        asked.append(arguments)
+        return {"speech": [spoken, noise]}
+
+    monkeypatch.setattr("calibration.corpus.eval_sets", eval_sets)
+    (tmp_path / "run.json").write_text(json.dumps({"data": "recordings", "quick": True}))
+    write_clips(tmp_path, [clip_record(noise, "speech", np.zeros(160))])
+    assert load_clips(tmp_path) == {"s/1": noise} and asked == [("test", "recordings", True)]
+    write_clips(tmp_path, [clip_record(Clip("s/2", "speech", "speech", "test"), "speech", np.zeros(160))])
+    with pytest.raises(UsageError, match="1 clips of .* are gone, s/2 the first: run it again"):
+        load_clips(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
