@@ -246,6 +246,15 @@ def test_the_multiple_is_the_best_within_the_budget(setup, monkeypatch) -> None:
         assert torch.equal(edit(x, 1.0), torch.full((2, 32), 0.25))
 
 
+def test_ungated_forms_are_known_by_the_edit_that_was_fitted(setup) -> None:
+    method = next(method for method in ours.METHODS if method.name == "ours-shift")
+    method = replace(method, edit=lambda setup: Shift(1, torch.ones(32), 1.0))
+    first = method.fingerprint(setup)
+    assert method.fingerprint(setup) == first
+    setup.memory.clear()
+    assert replace(method, edit=lambda setup: Shift(0, torch.ones(32), 1.0)).fingerprint(setup) != first
+
+
 def test_strength_1_of_latents_is_the_chosen_multiple() -> None:
     sae = random_sae(5, d=32, n=40, layer=1)
     edit = LatentEdit.from_sae(sae, [3, 8, 30], torch.tensor([1.0, -2.0, 0.5]), floor=True)

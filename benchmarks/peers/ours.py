@@ -212,6 +212,17 @@ def _wer(clips: Sequence[Clip], transcripts: Sequence[ClipTranscript]) -> float:
     return sum(errors.total for errors in counted) / max(1, sum(errors.words for errors in counted))
 
 
+@dataclass(frozen=True)
+class Ungated(EditMethod):
+    """An edit in every frame; kept results are those of the very edit that was fitted."""
+
+    def fingerprint(self, setup: Setup) -> str:
+        """What the words depend on beside the model."""
+        from whisper_steer.steering import Steering
+
+        return steering_hash(Steering((self.fitted(setup),)))
+
+
 METHODS: tuple[Method, ...] = (
     Steered(
         "whisper-steer",
@@ -222,7 +233,7 @@ METHODS: tuple[Method, ...] = (
         "ours behind Silero VAD at its default threshold (0.5); strength: alpha, calibrated: 1",
         vad=True,
     ),
-    EditMethod(
+    Ungated(
         name="ours-shift",
         strengths=ALPHAS,
         quick_strengths=(1.0,),
@@ -232,7 +243,7 @@ METHODS: tuple[Method, ...] = (
         ),
         edit=fit_shift,
     ),
-    EditMethod(
+    Ungated(
         name="ours-latents",
         strengths=ALPHAS,
         quick_strengths=(1.0,),
