@@ -7,6 +7,7 @@ splice changed the length. Files are read and written as streams.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,17 @@ def pieces(source: BinaryIO, splices: Sequence[Splice]) -> Iterator[tuple[bytes,
 
 def patched_bytes(source: BinaryIO, splices: Sequence[Splice]) -> bytes:
     """The whole patched file in memory. Raises FormatError like `pieces`."""
-    return b"".join(new for _, new in pieces(source, splices))
+    if any(len(splice.old) != len(splice.new) for splice in splices):
+        return b"".join(new for _, new in pieces(source, splices))
+    source.seek(0)
+    # changed in place: a second copy of a large model would take as long again, and as much memory
+    buffer = io.BytesIO(source.read())
+    with buffer.getbuffer() as view:
+        for splice in splices:
+            if view[splice.offset : splice.end] != splice.old:
+                raise FormatError(f"the bytes at {splice.offset} are not those that were expected there")
+            view[splice.offset : splice.end] = splice.new
+    return buffer.getvalue()
 
 
 def patch_file(source: Path, target: Path, splices: Sequence[Splice]) -> Applied:
