@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from itertools import pairwise
 
@@ -13,10 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.long_measure import LongCounts, measure, quiet_stretches, spread, word_times
-from benchmarks.long_recordings import LongRecording, LongSegment, long_recordings, spliced_recordings
+from benchmarks.long_recordings import (
+    LongRecording,
+    LongSegment,
+    choose,
+    find_methods,
+    long_recordings,
+    main,
+    prepared,
+    run_methods,
+    spliced_recordings,
+)  # fmt: skip
+from benchmarks.long_rows import COLUMNS, Measured, headline, rows_of
 from benchmarks.long_truth import KINDS, RATE, SECONDS
+from benchmarks.methods import Heard, Setup, Unavailable
 from calibration import corpus
 from calibration.corpus import Clip
+from whisper_steer import zoo
 from whisper_steer.errors import FormatError, UsageError
 
 
@@ -270,3 +284,168 @@ def test_every_word_is_counted_once(found):
 def test_sums_of_counts():
     assert LongCounts(1, 0.5, 10, 2, 3, 4) + LongCounts(1, 1.5, 5, 0, 0, 1) == LongCounts(2, 2.0, 15, 2, 3, 5)
     assert math.isclose(sum(b - a for a, b in quiet_stretches(ALTERNATING)), 23)
+
+
+# -- rows
+
+
+def measured(sort, invented, lost, minutes=1.0, words=10):
+    return Measured(sort, 120.0, 6.0, LongCounts(invented, minutes, words, lost, 1, 2))
+
+
+PLAIN, VAD, OURS = ("plain", 0.0), ("silero", 0.5), ("whisper-steer", 1.0)
+SMALL = {
+    PLAIN: [measured("synthetic", 30, 2), measured("mixed", 10, 4)],
+    VAD: [measured("synthetic", 4, 3), measured("mixed", 6, 3)],
+    OURS: [measured("synthetic", 2, 4), measured("mixed", 1, 1)],
+}
+
+
+def test_rows_compare_the_same_recordings():
+    rows = rows_of(SMALL, PLAIN, VAD)
+    assert [(row["method"], row["set"]) for row in rows] == [
+        (method, name)
+        for method in ("plain", "silero", "whisper-steer")
+        for name in ("synthetic", "mixed", "all")
+    ]
+    assert all(tuple(row) == COLUMNS for row in rows)
+    ours = rows[-1]
+    assert (ours["recordings"], ours["minutes"], ours["words"], ours["invented"]) == (2, 4.0, 20, 3)
+    assert (
+        ours["invented_per_min"] == 1.5
+        and ours["invented_per_min_lo"] == 1
+        and ours["invented_per_min_hi"] == 2
+    )
+    assert ours["lost"] == 0.25 and ours["substituted"] == 0.1 and ours["inserted"] == 0.2
+    assert ours["invented_of_plain"] == 3 / 40
+    assert ours["invented_more_than_vad"] == (3 - 10) / 2
+    # +1 of 10 words on the first, -2 of 10 on the second recording
+    assert ours["lost_more_than_vad"] == pytest.approx(-0.05)
+    assert ours["lost_more_than_vad_lo"] == pytest.approx(-0.2)
+    assert ours["lost_more_than_vad_hi"] == pytest.approx(0.1)
+    assert ours["seconds_per_min"] == 3.0
+    assert rows[2]["invented_of_plain"] == 1 and rows[5]["lost_more_than_vad"] == 0
+
+
+def test_what_cannot_be_compared_is_none():
+    (row, _) = rows_of({OURS: [measured("spliced", 1, 0, words=0)]}, None, None)
+    assert row["lost"] is None and row["lost_lo"] is None
+    assert row["invented_of_plain"] is None and row["lost_more_than_vad"] is None
+    assert headline([row]) == []
+
+
+def test_the_headline_says_which_targets_are_met():
+    lines = headline(rows_of(SMALL, PLAIN, VAD))
+    assert lines == [
+        "whisper-steer at 1, synthetic: 93% fewer invented words than plain Whisper (target 90%: met); lost "
+        "words +10.0 points against the VAD (target: no more: missed)",
+        "whisper-steer at 1, mixed: 90% fewer invented words than plain Whisper (target 90%: met); lost "
+        "words -20.0 points against the VAD (target: no more: met)",
+        "whisper-steer at 1, all: 92% fewer invented words than plain Whisper (target 90%: met); lost words "
+        "-5.0 points against the VAD (target: no more: met)",
+    ]
+    worse = {**SMALL, OURS: [measured("synthetic", 20, 4), measured("mixed", 1, 1)]}
+    assert (
+        "48% fewer invented words than plain Whisper (target 90%: missed)"
+        in headline(rows_of(worse, PLAIN, VAD))[-1]
+    )
+
+
+# -- running
+
+
+class Echo:
+    """Writes a word for every speech segment, at its time, and one invented word at `strength` seconds."""
+
+    name, about, strengths = "whisper-steer", "for tests; strength: a time", (0.25, 1.0)
+
+    def __init__(self):
+        self.asked = []
+
+    def prepare(self, setup):
+        pass
+
+    def fingerprint(self, setup):
+        return "echo"
+
+    def hear(self, setup, strength, clips):
+        for clip in clips:
+            self.asked.append(clip.id)
+            spoken = [(start, end, "number") for start, end in clip.speech_intervals]
+            segments = sorted([(strength, strength, "invented"), *spoken])
+            yield Heard(" ".join(text for _, _, text in segments), tuple(segments), None, None, 2.0)
+
+
+class Impossible(Echo):
+    name = "silero"
+
+    def prepare(self, setup):
+        raise Unavailable("no such thing here")
+
+
+@pytest.fixture
+def setup(tiny_whisper, tmp_path):
+    return Setup(tiny_whisper, "tiny", tmp_path / "fits", lambda c: [], lambda c: [], progress=False)
+
+
+def test_methods_are_run_and_what_they_heard_is_kept(setup, small_sets, tmp_path):
+    method, recordings = Echo(), long_recordings("test", None, 2, 0)
+    found = run_methods(setup, [(method, 0.25)], recordings, tmp_path)[method.name, 0.25]
+    assert method.asked == [recording.id for recording in recordings]
+    for item, recording in zip(found, recordings, strict=True):
+        assert item.counts.lost + item.counts.substituted == item.counts.words - len(recording.speech)
+        assert item.counts.invented == (recording.speech[0].start - 0.5 > 0.25)
+        assert (item.sort, item.length, item.seconds) == ("synthetic", recording.seconds, 2.0)
+    again = run_methods(setup, [(method, 0.25)], recordings, tmp_path)[method.name, 0.25]
+    assert again == found and len(method.asked) == 2
+
+
+def test_methods_that_cannot_run_are_left_out(setup, capsys):
+    kept = prepared(setup, [(Impossible(), 0.5), (Echo(), 1.0)])
+    assert [(method.name, strength) for method, strength in kept] == [("whisper-steer", 1.0)]
+    assert capsys.readouterr().err == "left out: silero (no such thing here)\n"
+    with pytest.raises(UsageError, match="none of the methods"):
+        prepared(setup, [(Impossible(), 0.5)])
+
+
+def test_strengths_of_named_methods():
+    found = find_methods("plain,silero,silero:0.9,whisper-steer,faster-whisper-batched-vad")
+    assert [(method.name, strength) for method, strength in found] == [
+        ("plain", 0.0), ("silero", 0.5), ("silero", 0.9), ("whisper-steer", 1.0),
+        ("faster-whisper-batched-vad", 0.5),
+    ]  # fmt: skip
+    for wrong in ("plane", "silero:high", "silero:-1", "silero:nan", ""):
+        with pytest.raises(UsageError, match="--methods"):
+            find_methods(wrong)
+
+
+def test_choose_takes_some_of_each_sort():
+    many = [LongRecording(f"{s}{i}", s, "test", (), lambda: np.zeros(1)) for s in "ab" for i in range(4)]
+    assert [recording.id for recording in choose(many, 2)] == ["a0", "a2", "b0", "b2"]
+
+
+@pytest.fixture
+def command(small_sets, tiny_whisper, monkeypatch, tmp_path):
+    from benchmarks import long_recordings as module
+
+    monkeypatch.setattr(zoo, "load_model", lambda name, device=None: tiny_whisper)
+    monkeypatch.setattr(module, "find_methods", lambda wanted: [(Echo(), 0.25), (Impossible(), 0.5)])
+    return ["--out", str(tmp_path / "out")]
+
+
+def test_the_command_writes_and_prints_rows(command, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert main([*command, "--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [(row["method"], row["alpha"], row["set"], row["recordings"]) for row in rows] == [
+        ("whisper-steer", 0.25, "synthetic", 2), ("whisper-steer", 0.25, "all", 2),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "rows.json").read_text()) == rows
+    shown = capsys.readouterr()
+    assert "Words invented where nobody spoke" in shown.out and f"wrote {path}" in shown.out
+    assert "left out: silero" in shown.err
+
+
+def test_a_wrong_data_folder_is_one_line(command, tmp_path, capsys):
+    assert main([*command, "--data", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

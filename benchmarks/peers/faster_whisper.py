@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.methods import Heard, Method, Setup, Unavailable
-from benchmarks.peers.silero import THRESHOLDS, check_vad
+from benchmarks.peers.silero import THRESHOLDS, check_vad, vad_version
 
 if TYPE_CHECKING:
     from calibration.corpus import Clip
@@ -95,6 +95,10 @@ class FasterWhisper:
         if self.vad:
             check_vad()
         load(setup)
+
+    def fingerprint(self, setup: Setup) -> str:
+        """What the words depend on beside the model."""
+        return vad_version()
 
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         import ctranslate2

@@ -40,6 +40,13 @@ def check_vad() -> None:
     faster_whisper.vad.get_vad_model()
 
 
+def vad_version() -> str:
+    """Of the package that the VAD comes with."""
+    import faster_whisper
+
+    return f"faster-whisper-{faster_whisper.__version__}"
+
+
 def speech_stretches(audio: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> list[tuple[int, int]]:
     """(first, end) of what Silero VAD takes for speech, in samples of float32 (n,) at 16 kHz; in order, not
     overlapping. threshold: the least probability of speech, 0..1."""
@@ -117,6 +124,10 @@ class SileroFirst:
 
     def prepare(self, setup: Setup) -> None:
         check_vad()
+
+    def fingerprint(self, setup: Setup) -> str:
+        """What the words depend on beside the model."""
+        return vad_version()
 
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         return hear_behind_vad(setup.model, (setup.audio(clip) for clip in clips), strength)
