@@ -382,6 +382,7 @@ def test_the_model_is_plain_between_results_and_after_an_early_stop(terse, monke
     with masked(terse, heads):
         direct = whisper.transcribe(terse, chosen[0].load(), fp16=False)["text"]
     assert first.text == direct and first.seconds > 0
+    assert first.segments and "".join(text for _, _, text in first.segments) == direct
 
     def breaks():
         raise RuntimeError("stopped")
@@ -392,13 +393,11 @@ def test_the_model_is_plain_between_results_and_after_an_early_stop(terse, monke
     assert footprint(terse) == before
 
 
-def test_every_method_on_the_bundled_model(tmp_path):
-    """Two clips each at the largest strength; afterwards the model decodes bit for bit as before."""
-    model = load_model("mini.en", device="cpu")
-    sets = clips(8, 20, seconds=1.0)
-    setup = Setup(model, "mini.en", tmp_path, plain=list, plain_windows=list, quick=True, progress=False)
-    setup.calibration = sets
-    setup.labels = {clip.id: label(half_of(clip)) for group in sets.values() for clip in group}
+def check_every_method(setup, sets, monkeypatch):
+    """Two clips each; afterwards the model decodes bit for bit as before."""
+    monkeypatch.setattr(calm_whisper, "QUICK_SCAN_CLIPS", 2)
+    monkeypatch.setattr(hallucination_space, "QUICK_FIT_CLIPS", 8)
+    model = setup.model
     measured = [sets["speech"][0], sets["tones"][0]]
     mels = torch.stack([activations.window_mels(clip.load(), 80)[0] for clip in measured])
     options = DecodingOptions(language="en", fp16=False)
@@ -407,12 +406,23 @@ def test_every_method_on_the_bundled_model(tmp_path):
         return [(r.tokens, r.avg_logprob, r.no_speech_prob) for r in model.decode(mels, options)]
 
     plain, before = decoded(), footprint(model)
-    changed = []
     for method in METHODS:
         method.prepare(setup)
-        heard = list(method.hear(setup, method.strengths[-1], measured))
-        assert len(heard) == 2 and all(one.seconds > 0 for one in heard)
+        heard = list(method.hear(setup, method.quick_strengths[-1], measured))
+        assert len(heard) == 2 and all(one.seconds > 0 for one in heard), method.name
         assert footprint(model) == before, method.name
-        changed.append(method.name)
-    assert len(changed) == 11
     assert decoded() == plain
+
+
+def test_every_method_on_a_tiny_model(terse, tmp_path, monkeypatch):
+    sets = clips(8, 16, seconds=0.5)
+    saes = [random_sae(layer, d=32, n=120, layer=layer) for layer in (0, 1)]
+    check_every_method(setup_for(terse, tmp_path, sets, saes=saes, nsp=half_of), sets, monkeypatch)
+
+
+@pytest.mark.slow
+def test_every_method_on_the_bundled_model(tmp_path, monkeypatch):
+    sets = clips(8, 16, seconds=0.5)
+    setup = setup_for(load_model("mini.en", device="cpu"), tmp_path, sets, nsp=half_of)
+    setup.name = "mini.en"
+    check_every_method(setup, sets, monkeypatch)

@@ -20,8 +20,7 @@ GROUP = 8  # clips decoded together
 
 def heard_of(transcript: ClipTranscript, seconds: float) -> Heard:
     """The transcript as a method's result; seconds: compute time."""
-    segments = tuple(getattr(transcript, "segments", ()))
-    return Heard(transcript.text, segments, transcript.nsp, transcript.hr, seconds)
+    return Heard(transcript.text, transcript.segments, transcript.nsp, transcript.hr, seconds)
 
 
 def hear_under(
