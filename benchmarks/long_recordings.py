@@ -144,7 +144,7 @@ def show(rows: Sequence[Row]) -> None:
 
     from benchmarks.long_rows import headline, table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)  # wide enough for no name to be cut
     console.print(table(rows))
     for line in headline(rows):
         console.print(line, highlight=False, soft_wrap=True)

@@ -111,7 +111,7 @@ def table(rows: Sequence[Row]) -> Table:
     """All rows; rates of words in per cent."""
     shown = Table(title="Words invented where nobody spoke, and words lost", box=SIMPLE_HEAD, show_edge=False)
     for name in ("set", "method", "strength"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=True)
     heads = ("invented/min", "of plain's %", "lost %", "lost, more than VAD", "subst. %", "s/min")
     for name in heads:
         shown.add_column(name, justify="right", no_wrap=True)
