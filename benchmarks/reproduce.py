@@ -105,7 +105,7 @@ def measure(
             try:
                 made = edits.of(condition)
             except UsageError as error:
-                notes[f"{condition.label}: {error}"] = None
+                notes[f"rows are left out: {error}"] = None
                 continue
             settings[condition] = Setting(made, any(name in DECODED for name in measures))
         if not corpus.test or not settings:

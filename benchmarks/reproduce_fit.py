@@ -72,7 +72,8 @@ def load_saes(
 
     folder: holds layer_XX.safetensors, counted from 0; None: those kept for the model by its name.
 
-    Raises MismatchError: an SAE of another width or of another encoder. FormatError: a damaged file.
+    Raises UsageError: `folder` holds none of them. MismatchError: an SAE of another width or of another
+    encoder. FormatError: a damaged file.
     """
     from whisper_steer.fileformat import encoder_sha256, model_name
     from whisper_steer.zoo import load_sae
@@ -100,6 +101,11 @@ def load_saes(
                 f"{model_name(model)} (d_model {width}): pass --saes with SAEs of this model"
             )
         found[layer] = sae
+    if folder is not None and not found:
+        raise UsageError(
+            f"--saes {folder} holds no SAE of layers {', '.join(map(str, sorted(set(layers))))}: expected "
+            "files such as layer_07.safetensors, counted from 0, as whisper-steer saes import writes them"
+        )
     return found, notes
 
 
@@ -310,7 +316,7 @@ class Edits:
             return (self._path(layers[0]),)
         fit = self._fits.get(condition.vector)
         if fit is None:
-            raise UsageError(f"nothing to fit on: {condition.vector or 'no data set'} has no clips for it")
+            raise UsageError(f"there is nothing to fit on from {condition.vector or 'any data set'}")
         return tuple(edit for layer in layers for edit in self._at(condition, fit, layer))
 
     def layer_of(self, condition: Condition) -> int:

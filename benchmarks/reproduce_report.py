@@ -30,6 +30,7 @@ MEASURES = {
     "nsp_fpr": "FPR %", "hr": "HR %", "text_fpr": "text-FPR %", "tpr": "TPR %", "wer": "WER %", "f1": "F1",
 }  # fmt: skip
 COLUMNS_AT_ONCE = 4  # of a printed table
+LABELS_AT_ONCE = 4  # of points that lie together
 BINS = 25  # of a distribution
 
 ROW_KEYS = (
@@ -149,9 +150,11 @@ def json_rows(tables: Sequence[Table], result: Reproduction, about: About) -> li
 # -- pictures
 
 
-def distributions(probabilities: Mapping[str, Mapping[Condition, Sequence[float]]], subtitle: str) -> bytes:
+def distributions(
+    probabilities: Mapping[str, Mapping[Condition, Sequence[float]]], subtitle: str, mark: str = ""
+) -> bytes:
     """PNG: no_speech_prob of every clip (the lowest of its windows), one panel per data set, one line per
-    condition; the papers' threshold is marked."""
+    condition; the papers' threshold is marked. mark: stands behind the names of the sets."""
     sets = [name for name, rows in probabilities.items() if rows]
     figure = _figure(4.2, 3.2, len(sets))
     for number, name in enumerate(sets):
@@ -163,7 +166,7 @@ def distributions(probabilities: Mapping[str, Mapping[Condition, Sequence[float]
             )  # fmt: skip
         axes.axvline(NSP_THRESHOLD, color="#888888", linestyle=":", linewidth=1)
         clips = len(next(iter(probabilities[name].values())))
-        axes.set_title(f"{name}, {clips} clips", fontsize=10, loc="left")
+        axes.set_title(f"{name}{mark}, {clips} clips", fontsize=10, loc="left")
         axes.set_yscale("symlog", linthresh=5)
         axes.set_yticks([0, 1, 5, 20, 100], ["0", "1", "5", "20", "100"])
         _tidy(axes)
@@ -179,11 +182,14 @@ def distributions(probabilities: Mapping[str, Mapping[Condition, Sequence[float]
 def steering_picture(table: Table, result: Reproduction, subtitle: str) -> bytes | None:
     """PNG of SAE steering: FPR, mean over the data sets, against WER, published hollow, measured filled; None
     if no row has both."""
+    from matplotlib.ticker import ScalarFormatter
+
     figure = _figure(9, 6, 1)
     axes = figure.add_subplot()
     drawn = 0
-    for place, k in enumerate(sorted({row.k for row in table.rows})):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    places: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
+    for number, k in enumerate(sorted({row.k for row in table.rows})):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for filled in (True, False):
             rows = [row for row in table.rows if row.k == k]
             points = [(row, point) for row in rows if (point := _point(table, result, row, filled))]
@@ -195,11 +201,20 @@ def steering_picture(table: Table, result: Reproduction, subtitle: str) -> bytes
                 color=colour, marker=marker,
             )  # fmt: skip
             for row, (x, y) in points:
-                text = f"{row.vector} α {row.alpha:g}"
-                axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=7, color="#555555")
+                places.setdefault((round(x), round(10 * math.log(y))), ((x, y), []))[1].append(
+                    f"{row.vector} k {row.k} α {row.alpha:g}"
+                )
     if not drawn:
         return None
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    for place, names in places.values():  # points that lie together share one list of names
+        shown = names if len(names) <= LABELS_AT_ONCE else [*names[: LABELS_AT_ONCE - 1], "..."]
+        axes.annotate(
+            "\n".join(shown), place, (7, 3), textcoords="offset points", fontsize=6.5, color="#555555"
+        )
     axes.set_xlabel(f"no_speech_prob < 0.5 on non-speech, mean over {', '.join(VECTOR_SETS)}, %")
     axes.set_ylabel("word error rate on speech, %")
     axes.legend(frameon=False, fontsize=9)
@@ -291,7 +306,10 @@ def page(tables: Sequence[Table], result: Reproduction, about: About, pictures: 
 def _sentence(tables: Sequence[Table], result: Reproduction) -> str:
     """How many figures stand beside each other."""
     cells = [(table, cell) for table in tables for cell in table.cells()]
-    both = sum(cell in table.figures and cell in result.cells for table, cell in cells)
+    both = sum(
+        cell in table.figures and measured_text(result.cells.get(cell), cell[2]) != "-"
+        for table, cell in cells
+    )
     published = sum(len(table.figures) for table in tables)
     return f"{both} of {published} published figures have a measured one beside them."
 
@@ -303,10 +321,12 @@ def write_pictures_and_page(
 
     Raises UsageError if a file cannot be written.
     """
-    subtitle = about.measured_on + (", stand-ins for the papers' data sets" if about.stand_in else "")
+    subtitle = about.measured_on
+    if about.stand_in:
+        subtitle += "; * stands in for the data set of that name"
     written, pictures = [], {}
     if any(result.probabilities.values()):
-        picture = distributions(result.probabilities, subtitle)
+        picture = distributions(result.probabilities, subtitle, "*" * about.stand_in)
         pictures["Distributions of no_speech_prob"] = picture
         written.append(write_whole(out / "nsp_distributions.png", picture))
     for table in tables:
