@@ -175,8 +175,8 @@ def _answer(data: ReportData) -> list[Markup]:
         return [headline(f"This run has {missing}; below is what was measured.")]
     fall = 1 - ours.text_fpr.value / plain.text_fpr.value
     sentence = (
-        f"{OURS} at α {ours.strength:g} removes {100 * fall:.1f} % of hallucinated transcripts and changes "
-        f"the word error rate by {points(ours.rise.value)}."
+        f"{OURS} at α {ours.strength:g} removes {100 * fall:.1f}\u00a0% of hallucinated transcripts and "
+        f"changes the word error rate by {points(ours.rise.value)}."
     )
     ahead = leads(data.settings)
     if not [one for one in data.settings if one.family != "ours" and one.method != PLAIN]:
@@ -196,9 +196,9 @@ def _answer(data: ReportData) -> list[Markup]:
         standing = f"Ahead of {OURS} at some WER cost up to {100 * MAX_COST:g} point: {named}{more}."
     chosen = [
         Tile(
-            "hallucinated transcripts", f"−{100 * fall:.1f} %",
+            "hallucinated transcripts", f"−{100 * fall:.1f}\u00a0%",
             f"{percent(plain.text_fpr.value)} → {percent(ours.text_fpr.value)} of non-speech clips; "
-            f"target −{100 * FALL:g} %",
+            f"target −{100 * FALL:g}\u00a0%",
             _tone(fall >= FALL),
         ),
         Tile(
@@ -211,7 +211,7 @@ def _answer(data: ReportData) -> list[Markup]:
         chosen.append(
             Tile(
                 "speech clips that came back empty", percent(ours.empty.value),
-                f"plain: {before}; target at most {100 * EMPTY:g} %",
+                f"plain: {before}; target at most {100 * EMPTY:g}\u00a0%",
                 _tone(ours.empty.value <= EMPTY),
             )
         )  # fmt: skip

@@ -175,12 +175,20 @@ def bars(
                 values, places, xerr=arms([0 if math.isnan(value) else value for value in values], spans),
                 fmt="none", ecolor=theme.families[0], elinewidth=1.2, capsize=2,
             )  # fmt: skip
+            for place, (value, (_, high)) in enumerate(zip(values, spans, strict=True)):
+                if not math.isnan(value):  # beside the bar's interval; a bar of 0 would not be seen
+                    axes.annotate(
+                        f"{value:.1f}", (max(value, high), place), xytext=(3, 0), textcoords="offset points",
+                        va="center", fontsize=7.5, color=theme.soft,
+                    )  # fmt: skip
             axes.set_title(panel)
             axes.set_yticks(places, names)
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(axis="x", linewidth=0.6, alpha=0.6)
             axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
             axes.tick_params(axis="x", labelbottom=True)
+        highest = max([100 * rate.hi for rates in panels.values() for rate in rates.values()], default=1.0)
+        spots[0].set_xlim(0, max(highest, 1.0) * 1.12)
         for axes in spots[len(panels) :]:
             axes.set_visible(False)
         for axes in spots[max(0, len(panels) - columns) : len(panels)]:

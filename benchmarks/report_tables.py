@@ -8,14 +8,25 @@ from typing import Any
 from benchmarks.frontiers import MAX_COST, OURS, PLAIN, Setting, rate_of, representatives
 from benchmarks.report_data import ReportData, set_rows
 from calibration.evaluate import Rate
-from calibration.html_report import Markup, Row, details, facts, joined, paragraph, section, table, text
+from calibration.html_report import (
+    Divider,
+    Markup,
+    Row,
+    details,
+    facts,
+    joined,
+    paragraph,
+    section,
+    table,
+    text,
+)
 
 PAIRED = {"text_fpr": "text-FPR, points", "wer": "WER, points", "empty_speech": "empty speech, points"}
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """0.0312 -> "3.1 %"."""
-    return f"{100 * fraction:.{digits}f} %"
+    """0.0312 -> "3.1 %", with a space that does not break."""
+    return f"{100 * fraction:.{digits}f}\u00a0%"
 
 
 def points(fraction: float) -> str:
@@ -44,11 +55,12 @@ def _setting_row(one: Setting, plain: Setting | None, about: str = "") -> Row:
     relative = None
     if plain is not None and plain.text_fpr.value:
         relative = f"{100 * (one.text_fpr.value / plain.text_fpr.value - 1):+.0f} %".replace("-", "−")
+    is_plain = one.method == PLAIN
     name = Markup(f"<span title='{text(about)}'>{text(one.method)}</span>") if about else one.method
     return Row(
         (
-            name, "" if one.method == PLAIN else f"{one.strength:g}", interval(one.text_fpr),
-            "" if one.method == PLAIN else relative, interval(one.rise, digits=2, sign=True),
+            name, "" if is_plain else f"{one.strength:g}", interval(one.text_fpr),
+            "" if is_plain else relative, "" if is_plain else interval(one.rise, digits=2, sign=True),
             interval(one.empty), None if one.words_per_min is None else amount(one.words_per_min),
             None if one.seconds is None else f"{one.seconds:.1f}",
         ),
@@ -58,7 +70,7 @@ def _setting_row(one: Setting, plain: Setting | None, about: str = "") -> Row:
 
 COLUMNS = (
     "method", "strength", "text-FPR %", "against plain", "WER change, points", "empty speech %",
-    "words/min of non-speech", "compute s/min",
+    "invented words/min", "compute, s/min",
 )  # fmt: skip
 
 
@@ -73,12 +85,12 @@ def method_sections(data: ReportData) -> list[Markup]:
     within = [one for one in chosen if one.rise.value <= MAX_COST]
     beyond = [one for one in chosen if one.rise.value > MAX_COST]
     abouts = _abouts(data)
-    rows = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in within]
-    parts = [table(COLUMNS, rows, left=1)]
+    rows: list[Row | Divider] = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in within]
     if beyond:
-        dear = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in beyond]
-        caption = f"Costs more than {100 * MAX_COST:g} point of WER at every strength; shown at the cheapest"
-        parts.append(table(COLUMNS, dear, caption=caption, left=1))
+        limit = f"{100 * MAX_COST:g} point of WER"
+        rows.append(Divider(f"Cost more than {limit} at every strength; shown at the cheapest:"))
+        rows += [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in beyond]
+    parts = [table(COLUMNS, rows, left=1)]
     every = [_setting_row(one, data.plain) for one in data.settings]
     parts.append(details(f"All {len(every)} settings", table(COLUMNS, every, left=1)))
     note = (

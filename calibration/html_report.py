@@ -133,19 +133,33 @@ class Row:
     tint: Sequence[float | None] = ()
 
 
-def table(columns: Sequence[str], rows: Sequence[Row], *, caption: object = "", left: int = 1) -> Markup:
+@dataclass(frozen=True)
+class Divider:
+    """A line of words across a table, before the rows that they are about."""
+
+    words: str
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Row | Divider], *, caption: object = "", left: int = 1
+) -> Markup:
     """A table that scrolls sideways where it is too wide; the first `left` columns are text, the others
     numbers.
 
     Raises UsageError if a row has another number of cells than there are columns.
     """
     for row in rows:
-        if len(row.cells) != len(columns):
+        if isinstance(row, Row) and len(row.cells) != len(columns):
             raise UsageError(f"a table of {len(columns)} columns got a row of {len(row.cells)} cells")
     head = "".join(
         f"<th scope='col'{_side(place, left)}>{text(name)}</th>" for place, name in enumerate(columns)
     )
-    body = "".join(_row(row, left) for row in rows)
+    body = "".join(
+        _row(row, left)
+        if isinstance(row, Row)
+        else f"<tr class='divider'><td colspan='{len(columns)}'>{text(row.words)}</td></tr>"
+        for row in rows
+    )
     title = f"<caption>{text(caption)}</caption>" if caption else ""
     return Markup(
         f"<div class='scroll'><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -179,7 +193,9 @@ def figure(picture: Picture | bytes, caption: object = "", *, alt: str) -> Marku
     light, dark = (picture, None) if isinstance(picture, bytes) else (picture.light, picture.dark)
     source = ""
     if dark is not None:
-        source = f"<source media='screen and (prefers-color-scheme: dark)' srcset='{_inline(dark, 'image/png')}'>"
+        source = (
+            f"<source media='screen and (prefers-color-scheme: dark)' srcset='{_inline(dark, 'image/png')}'>"
+        )
     image = f"<img alt='{text(alt)}' src='{_inline(light, 'image/png')}'>"
     below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return Markup(f"<figure><picture>{source}{image}</picture>{below}</figure>")

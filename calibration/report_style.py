@@ -18,7 +18,7 @@ p{margin:.4rem 0}
 .sub,.note,footer,figcaption,caption,.detail{color:var(--soft);font-size:.875rem}
 .note{max-width:75ch}
 .headline{margin:1rem 0;padding:.2rem 0 .2rem 1rem;border-left:4px solid var(--accent)}
-.answer{font-size:1.45rem;line-height:1.3;font-weight:600;margin:0 0 .4rem;max-width:48ch;text-wrap:balance}
+.answer{font-size:1.45rem;line-height:1.3;font-weight:600;margin:0 0 .4rem;max-width:56ch;text-wrap:balance}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:.75rem;margin:1rem 0}
 .tile{display:flex;flex-direction:column;background:var(--card);border:1px solid var(--line);
 border-radius:8px;
@@ -41,6 +41,8 @@ th,td{padding:.32rem .6rem;text-align:left;border-bottom:1px solid var(--line);v
 thead th{color:var(--soft);font-weight:600;border-bottom:2px solid var(--line);vertical-align:bottom}
 tbody th{font-weight:500;white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
+thead .n{white-space:normal}
+tr.divider td{color:var(--soft);padding-top:.9rem}
 tr.strong th,tr.strong td{background:var(--strong);font-weight:650}
 td[style],th[style]{background:color-mix(in srgb,var(--heat) calc(var(--tint)*.75),transparent)}
 .ci{color:var(--soft);font-size:.8125rem;font-weight:400}
