@@ -22,13 +22,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 EDGE = 1e-4  # probabilities closer to 0 or 1 are drawn there
 
 
-def frontier(settings: Sequence[Setting], *, title: str, labelled: bool = True) -> Picture:
+def frontier(settings: Sequence[Setting], *, title: str) -> Picture:
     """WER change across (points, proportional within 0.1, then logarithmic), text-FPR up (percent), a line
     through each method's strengths; ours thick and in the accent colour, the others by family. The corner
     of the targets is shaded. One label per method at its best setting within a point of WER."""
-    wide = any(abs(one.rise.value) > 0 for one in settings)
-    size = (10.5, 6.6) if wide else (8.0, 5.5)
-    return picture(lambda figure, theme: _frontier(figure, theme, settings, title, labelled), size)
+    return picture(lambda figure, theme: _frontier(figure, theme, settings, title), (10.5, 6.6))
 
 
 def _colours(theme: Theme) -> dict[str, str]:
@@ -40,7 +38,7 @@ def _colours(theme: Theme) -> dict[str, str]:
     }
 
 
-def _frontier(figure: Figure, theme: Theme, settings: Sequence[Setting], title: str, labelled: bool) -> None:
+def _frontier(figure: Figure, theme: Theme, settings: Sequence[Setting], title: str) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes = figure.subplots()
@@ -105,7 +103,7 @@ def _frontier(figure: Figure, theme: Theme, settings: Sequence[Setting], title: 
             method == OURS,
         )
         for method, one in chosen.items()
-        if method != PLAIN and (labelled or one.family == "ours")
+        if method != PLAIN
     ]
     if plain is not None:
         labels.append(Label("plain Whisper", 0.0, 100 * plain.text_fpr.value, theme.ink, True))

@@ -131,8 +131,10 @@ def paired_sections(data: ReportData) -> list[Markup]:
         return []
     rows = []
     for one in data.paired:
-        rates = [rate_of(one, name) for name in PAIRED]
-        strength = one.get("alpha", one.get("strength"))
+        if one.get("set") != "all":
+            continue  # the halves
+        rates = [rate_of(one, f"{name}_diff") for name in PAIRED]
+        strength = one.get("alpha")
         cells = [
             interval(rate, digits=2 if name == "wer" else 1, sign=True)
             for name, rate in zip(PAIRED, rates, strict=True)

@@ -192,8 +192,8 @@ def _answer(chosen: Point, test: Mapping[str, Any], budget: float) -> list[Marku
     more = ""
     if high > budget:
         more = (
-            f"Alpha {chosen['alpha']:g} does not keep the budget on the validation split: the upper end of its "
-            f"interval is {_points(high)}."
+            f"Alpha {chosen['alpha']:g} does not keep the budget on the validation split: the upper end of "
+            f"its interval is {_points(high)}."
         )
     return [headline(sentence, more), tiles(figures)]
 
