@@ -183,8 +183,8 @@ def _answer(data: ReportData) -> list[Markup]:
         standing: object = "No competitor was measured in this run."
     elif not ahead:
         standing = (
-            f"No competitor leaves fewer hallucinations at any WER cost up to {100 * MAX_COST:g} point; "
-            "their strengths are the best on these very clips, ours is as calibrated."
+            f"No competitor leaves fewer hallucinations than {OURS} at any WER cost up to {100 * MAX_COST:g} "
+            "point, each at its best strength for that cost."
         )
     else:
         named = "; ".join(
