@@ -107,7 +107,8 @@ def word_times(truth: Sequence[TimedWord], heard: Sequence[TimedWord]) -> list[f
         if known:
             points = [(float(place), heard[place].start), *known, (float(last), heard[place].end)]
             middles = np.arange(place, last) + 0.5
-            times[place:last] = np.interp(middles, *zip(*points, strict=True)).tolist()
+            where, when = np.array(points).T
+            times[place:last] = np.interp(middles, where, when).tolist()
         place = last
     return times
 

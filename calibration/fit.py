@@ -44,7 +44,7 @@ from calibration.training_clips import REAL_SPEECH_DB, frame_levels
 from whisper_steer.errors import FormatError, MismatchError, UsageError
 from whisper_steer.fileformat import encoder_sha256, model_metadata
 from whisper_steer.sae import SparseAutoencoder
-from whisper_steer.steering import Gate, LatentEdit, Shift, Steering
+from whisper_steer.steering import Edit, Gate, Steering
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -135,7 +135,7 @@ def measure_windows(
         encoded = encode_windows(model, torch.stack([mel for mel, _ in group]))
         for name, gate in gates.items():
             with torch.no_grad():
-                logits[name] += list(gate.frame_logits(encoded[gate.layer]).numpy())
+                logits[name] += list(gate.frame_logits(dict(enumerate(encoded))).numpy())
         for index, (_, n_true) in enumerate(group):
             if n_true is not None:
                 for parts, sae in zip(pooled, saes, strict=True):
@@ -180,7 +180,7 @@ def fit_edits(
     pooled: Sequence[edit_fit.PooledClips],
     labels: Sequence[Labels],
     nonspeech: np.ndarray,
-) -> dict[str, tuple[LatentEdit | Shift, dict[str, Any]]]:
+) -> dict[str, tuple[Edit, dict[str, Any]]]:
     """Edits of every layer with their records, by name.
 
     labels, nonspeech: of the clips in the order of `pooled`.
@@ -188,7 +188,7 @@ def fit_edits(
     # ours aims at words that come out; AudioSAE's recipe is fitted as published, on no_speech_prob
     ours = edit_fit.choose_contrast(labels, nonspeech, ("text", "hr", "nsp"))
     theirs = edit_fit.choose_contrast(labels, nonspeech, ("nsp", "hr", "text"))
-    edits: dict[str, tuple[LatentEdit | Shift, dict[str, Any]]] = {}
+    edits: dict[str, tuple[Edit, dict[str, Any]]] = {}
     for sae, clips in zip(saes, pooled, strict=True):
         layer = f"l{sae.layer}"
         regression = edit_fit.regress(clips.latents[ours.used], ours.positive[ours.used])
@@ -233,7 +233,7 @@ def write_fit(
     out: Path,
     model: Whisper,
     gates: Mapping[str, Gate],
-    edits: Mapping[str, tuple[LatentEdit | Shift, dict[str, Any]]],
+    edits: Mapping[str, tuple[Edit, dict[str, Any]]],
     table: WindowTable,
     record: Mapping[str, Any],
 ) -> None:
@@ -269,7 +269,7 @@ class Fit:
     """A folder that `write_fit` wrote."""
 
     gates: Mapping[str, Gate]
-    edits: Mapping[str, LatentEdit | Shift]
+    edits: Mapping[str, Edit]
     recipes: Mapping[str, Mapping[str, Any]]
     table: WindowTable
     record: Mapping[str, Any]
@@ -287,7 +287,7 @@ def read_fit(
         raise FormatError(f"{folder} holds no finished fit: run python -m calibration.fit --out {folder}")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     gates: dict[str, Gate] = {}
-    edits: dict[str, LatentEdit | Shift] = {}
+    edits: dict[str, Edit] = {}
     for name in record["gates"]:
         part = Steering.load(folder / f"gate_{name}.safetensors")
         part.check(model)

@@ -32,7 +32,7 @@ from calibration.activations import (
 from calibration.training_clips import Intervals, TrainingClip
 from whisper_steer.errors import UsageError
 from whisper_steer.sae import SparseAutoencoder
-from whisper_steer.steering import Gate
+from whisper_steer.steering import Gate, Probe
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -182,22 +182,17 @@ def fit_latent_gates(
             features, unit, kept = features[:, keep], unit[keep], kept[keep]
         coefficients, intercept = _logistic(features, nobody, weight, c)
         rows = torch.from_numpy(kept)
-        gates[size] = Gate(
-            layer=sae.layer,
-            coef=torch.from_numpy(coefficients),
-            intercept=intercept,
-            W_enc=sae.W_enc.detach()[rows],
-            b_enc=sae.b_enc.detach()[rows],
-            theta=sae.theta[rows],
-            kind="latents",
-            smooth=1,
-            threshold=0.0,
-            spread=0.0,
-            frame_scale=1.0,
-            frame_bias=0.0,
-            unit=torch.from_numpy(unit),
+        probe = Probe(
+            sae.layer,
+            "latents",
+            torch.from_numpy(coefficients),
+            sae.W_enc.detach()[rows],
+            sae.b_enc.detach()[rows],
+            sae.theta[rows],
+            torch.from_numpy(unit),
             indices=rows,
         )
+        gates[size] = neutral_gate((probe,), intercept)
     return gates
 
 
@@ -205,22 +200,13 @@ def fit_raw_gate(layer: int, x: Tensor, nobody: np.ndarray, weight: np.ndarray, 
     """The control: the same regression on the layer's standardised activations x (frames, d_model)."""
     mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
     coefficients, intercept = _logistic(((x - mean) / std).numpy(), nobody, weight, c)
-    return Gate(
-        layer=layer,
-        coef=torch.from_numpy(coefficients),
-        intercept=intercept,
-        W_enc=None,
-        b_enc=None,
-        theta=None,
-        kind="raw",
-        smooth=1,
-        threshold=0.0,
-        spread=0.0,
-        frame_scale=1.0,
-        frame_bias=0.0,
-        mean=mean,
-        std=std,
-    )
+    probe = Probe(layer, "raw", torch.from_numpy(coefficients), mean=mean, std=std)
+    return neutral_gate((probe,), intercept)
+
+
+def neutral_gate(probes: tuple[Probe, ...], intercept: float) -> Gate:
+    """A gate without smoothing, threshold 0, that calibration.selection sets further."""
+    return Gate(probes, intercept, smooth=1, threshold=0.0, spread=0.0, frame_scale=1.0, frame_bias=0.0)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from whisper.tokenizer import get_tokenizer
 from calibration.activations import encode_windows, finish_encoder
 from calibration.decoding import greedy_decode
 from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule, normalise
-from whisper_steer.steering import Edit, Gate, LatentEdit, Steering
+from whisper_steer.steering import Edit, Gate, LatentEdit, MeanAblation, Steering
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -75,7 +75,7 @@ class Windows:
 
     def set_gate(self, gate: Gate | None) -> None:
         """Edits are scaled by this gate from now on, as they are on a steered model."""
-        self.gate = None if gate is None else gate.frame_gate(gate.frame_logits(self.layers[gate.layer]))
+        self.gate = None if gate is None else gate.frame_gate(gate.frame_logits(dict(enumerate(self.layers))))
 
     def edited(self, edit: Edit | None) -> Tensor:
         """Encoder output (windows, 1500, d_model) with the edit at alpha 1."""
@@ -91,8 +91,12 @@ class Windows:
 
 
 def nominal_length(edit: Edit, x: Tensor) -> float:
-    """Length per unit of strength, over the mean length of x: of the direction, or of the decoded values."""
-    direction = edit.values @ edit.W_dec if isinstance(edit, LatentEdit) else edit.direction
+    """Length per unit of strength, over the mean length of x: of the direction, of the decoded values, or of
+    the way to the mean."""
+    if isinstance(edit, MeanAblation):
+        direction = (edit.mean.mean(dim=0) - x.float().flatten(0, -2).mean(dim=0)).to(edit.mean)
+    else:
+        direction = edit.values @ edit.W_dec if isinstance(edit, LatentEdit) else edit.direction
     return max(float(direction.norm()), 1e-12) / float(x.float().norm(dim=-1).mean())
 
 

@@ -243,7 +243,7 @@ def choose_gate(
                     "gate": name,
                     "layer": gate.layer,
                     "kind": gate.kind,
-                    "features": len(gate.coef),
+                    "features": gate.n_features,
                     "smooth": width,
                     "threshold": result.threshold,
                     "text_fpr": result.text_fpr,
@@ -256,7 +256,8 @@ def choose_gate(
             score = tuple(
                 float(np.mean([getattr(r, rate) for r in results])) for rate in ("text_fpr", "hr", "nsp_fpr")
             )
-            score = (*score, float(gate.layer), float(len(gate.coef)))  # equal: earlier and smaller is better
+            # equal: earlier and smaller is better
+            score = (*score, float(gate.layer), float(gate.n_features))
             if (eligible is None or name in eligible) and (best is None or score < best[0]):
                 best = (score, name, width, result)
     if best is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,36 +97,44 @@ def least_squares_shifts(
     sums = {layer: torch.zeros(steering.d_model, dtype=torch.float64) for layer in layers}
     energy, frames = dict.fromkeys(layers, 0.0), 0
     local = steering.to(model.device)
-    gates: list[Tensor | None] = [None]
+    blocks = model.encoder.blocks
+    for clip in clips:
+        mel = log_mel_spectrogram(pad_or_trim(np.asarray(clip, np.float32)), model.dims.n_mels)
+        mel = mel[None, :, :N_FRAMES].to(model.device)
+        g = None
+        if local.gate is not None:  # it reads the stream as it is without edits
+            streams: dict[int, Tensor] = {}
+            keep = [blocks[n].register_forward_hook(partial(_keep, streams, n)) for n in local.gate.layers]
+            try:
+                model.encoder(mel)
+            finally:
+                for hook in keep:
+                    hook.remove()
+            g = local.gate.frame_gate(local.gate.frame_logits(streams))
 
-    def hook_of(layer: int) -> Any:
-        def hook(module: Any, args: Any, x: Tensor) -> Tensor:
-            if local.gate is not None and local.gate.layer == layer:
-                gates[0] = local.gate.frame_gate(local.gate.frame_logits(x))
-            if layer not in sums:
-                return x
-            edited = local.edit(x, layer, alpha, gates[0])
+        def edit(layer: int, module: Any, args: Any, x: Tensor, g: Tensor | None = g) -> Tensor:
+            edited = local.edit(x, layer, alpha, g)
             change = (edited.double() - x.double())[0].cpu()
             sums[layer] += change.sum(0)
             energy[layer] += float((change**2).sum())
             return edited
 
-        return hook
-
-    hooks = [model.encoder.blocks[layer].register_forward_hook(hook_of(layer)) for layer in steering.layers]
-    try:
-        for clip in clips:
-            mel = log_mel_spectrogram(pad_or_trim(np.asarray(clip, np.float32)), model.dims.n_mels)
-            frames += model.encoder(mel[None, :, :N_FRAMES].to(model.device)).shape[1]
-    finally:
-        for hook in hooks:
-            hook.remove()
+        hooks = [blocks[layer].register_forward_hook(partial(edit, layer)) for layer in layers]
+        try:
+            frames += model.encoder(mel).shape[1]
+        finally:
+            for hook in hooks:
+                hook.remove()
     means = {layer: (total / frames) for layer, total in sums.items()}
     explained = {
         layer: float(frames * (mean**2).sum() / energy[layer]) if energy[layer] else 1.0
         for layer, mean in means.items()
     }
     return {layer: mean.float() for layer, mean in means.items()}, explained
+
+
+def _keep(streams: dict[int, Tensor], layer: int, module: Any, args: Any, x: Tensor) -> None:
+    streams[layer] = x
 
 
 def fit_shift(

@@ -12,7 +12,7 @@ from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram
 from whisper.model import Whisper
 
 from whisper_steer.fileformat import model_metadata
-from whisper_steer.steering import Gate, Shift, Steering
+from whisper_steer.steering import Gate, Probe, Shift, Steering
 
 
 def brief_whisper(seed: int = 0) -> Whisper:
@@ -26,21 +26,9 @@ def brief_whisper(seed: int = 0) -> Whisper:
 def raw_gate(coef: torch.Tensor, intercept: float, *, layer: int = 1) -> Gate:
     """A gate whose frame logit is coef . x + intercept, unsmoothed, withholding above 0."""
     d = len(coef)
+    probe = Probe(layer, "raw", coef, mean=torch.zeros(d), std=torch.ones(d))
     return Gate(
-        layer=layer,
-        coef=coef,
-        intercept=intercept,
-        W_enc=None,
-        b_enc=None,
-        theta=None,
-        kind="raw",
-        smooth=1,
-        threshold=0.0,
-        spread=0.0,
-        frame_scale=1.0,
-        frame_bias=0.0,
-        mean=torch.zeros(d),
-        std=torch.ones(d),
+        (probe,), intercept, smooth=1, threshold=0.0, spread=0.0, frame_scale=1.0, frame_bias=0.0
     )
 
 

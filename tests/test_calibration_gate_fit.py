@@ -95,15 +95,15 @@ def test_gates_find_the_latents_that_matter():
     sae, x, nobody, weight = problem()
     gates = fit_latent_gates(sae, x, nobody, weight, sizes=(12, 6, 64))
     assert sorted(gates) == [6, 12]  # 16 latents fire: no gate of 64
-    assert gates[6].indices.tolist() == [0, 1, 2, 3, 4, 5]
-    assert (gates[6].coef[:3] < 0).all() and (gates[6].coef[3:] > 0).all()
+    assert gates[6].probes[0].indices.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (gates[6].probes[0].coef[:3] < 0).all() and (gates[6].probes[0].coef[3:] > 0).all()
     held_out = problem(seed=1)
     assert accuracy(gates[6], held_out[1], held_out[2]) > 0.95
     assert gates[6].layer == 1 and gates[6].smooth == 1
     # features as they were in the fit
     features, unit, kept = latent_features(sae, x, nobody, weight)
-    ours = gates[12].features(x)
-    columns = [int(np.flatnonzero(kept == index)[0]) for index in gates[12].indices.tolist()]
+    ours = gates[12].probes[0].features(x)
+    columns = [int(np.flatnonzero(kept == index)[0]) for index in gates[12].probes[0].indices.tolist()]
     np.testing.assert_allclose(ours.numpy(), features[:, columns], rtol=1e-5)
     assert 16 not in kept
 
@@ -113,7 +113,7 @@ def test_raw_gate_is_a_control_on_the_same_frames():
     gate = fit_raw_gate(1, x, nobody, weight)
     held_out = problem(seed=1)
     assert gate.kind == "raw" and accuracy(gate, held_out[1], held_out[2]) > 0.95
-    torch.testing.assert_close(gate.features(x).std(0), torch.ones(16), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gate.probes[0].features(x).std(0), torch.ones(16), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_move_the_gate():

@@ -9,7 +9,7 @@ from calibration.screening import SIZE_RANGE, Screen
 from whisper_steer.attach import steer
 from whisper_steer.fileformat import model_metadata
 from whisper_steer.sae import SparseAutoencoder
-from whisper_steer.steering import Gate, LatentEdit, Shift, Steering
+from whisper_steer.steering import Gate, LatentEdit, Probe, Shift, Steering
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +28,8 @@ def mels():
 def raw_gate(bias):
     direction = torch.zeros(32)
     direction[0] = 1.0
-    return Gate(
-        0,
-        direction,
-        0.0,
-        None,
-        None,
-        None,
-        "raw",
-        9,
-        100.0,
-        1.0,
-        2.0,
-        bias,
-        mean=torch.zeros(32),
-        std=torch.ones(32),
-    )
+    probe = Probe(0, "raw", direction, mean=torch.zeros(32), std=torch.ones(32))
+    return Gate((probe,), 0.0, 9, threshold=100.0, spread=1.0, frame_scale=2.0, frame_bias=bias)
 
 
 def shift(layer, strength=1.0):

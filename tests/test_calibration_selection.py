@@ -16,14 +16,12 @@ from calibration.selection import (
     with_frame_gate,
     with_spread,
 )
-from whisper_steer.steering import Gate
+from whisper_steer.steering import Gate, Probe
 
 
 def gate(layer=0, smooth=1):
-    return Gate(
-        layer, torch.ones(2), 0.0, None, None, None, "raw", smooth, 0.0, 0.0, 1.0, 0.0,
-        mean=torch.zeros(2), std=torch.ones(2),
-    )  # fmt: skip
+    probe = Probe(layer, "raw", torch.ones(2), mean=torch.zeros(2), std=torch.ones(2))
+    return Gate((probe,), 0.0, smooth, threshold=0.0, spread=0.0, frame_scale=1.0, frame_bias=0.0)
 
 
 def clip(name, row, text, reference, set_name="speech"):

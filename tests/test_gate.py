@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from gates import one_probe_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sae import frames, hand_made, random_sae
@@ -26,7 +27,7 @@ def latent_gate(**changes):
         "unit": torch.tensor([1.0, 0.5]),
         **COMMON,
     }
-    return Gate(**{**fields, **changes})
+    return one_probe_gate(**{**fields, **changes})
 
 
 def raw_gate(d=2, **changes):
@@ -42,7 +43,7 @@ def raw_gate(d=2, **changes):
         "std": torch.full((d,), 2.0),
         **COMMON,
     }
-    return Gate(**{**fields, **changes})
+    return one_probe_gate(**{**fields, **changes})
 
 
 def test_latent_logits_by_hand():
@@ -118,23 +119,23 @@ def test_only_the_gates_own_latents_are_encoded(monkeypatch):
 
 def test_widths_and_indices():
     assert latent_gate().d_model == 2 and raw_gate(5).d_model == 5
-    assert latent_gate().indices.tolist() == [0, 1]
+    assert latent_gate().probes[0].indices.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: latent_gate(kind="deep"), "gate has kind 'deep': expected one of latents, raw"),
-        (lambda: latent_gate(unit=None), "Gate lacks unit"),
-        (lambda: latent_gate(W_enc=None), "Gate lacks W_enc"),
-        (lambda: latent_gate(unit=torch.tensor([1.0, 0.0])), "gate has a unit of 0.0: expected numbers > 0"),
-        (lambda: raw_gate(std=torch.tensor([1.0, -2.0])), "gate has a std of -2.0"),
-        (lambda: raw_gate(mean=torch.ones(3)), "Gate has mean of shape (3,): expected (2,)"),
+        (lambda: latent_gate(kind="deep"), "probe has kind 'deep': expected one of latents, raw"),
+        (lambda: latent_gate(unit=None), "Probe lacks unit"),
+        (lambda: latent_gate(W_enc=None), "Probe lacks W_enc"),
+        (lambda: latent_gate(unit=torch.tensor([1.0, 0.0])), "probe has a unit of 0.0: expected numbers > 0"),
+        (lambda: raw_gate(std=torch.tensor([1.0, -2.0])), "probe has a std of -2.0"),
+        (lambda: raw_gate(mean=torch.ones(3)), "Probe has mean of shape (3,): expected (2,)"),
         (lambda: latent_gate(smooth=4), "gate has smooth 4: expected an odd number"),
         (lambda: latent_gate(smooth=0), "Gate has smooth 0"),
         (lambda: latent_gate(spread=-0.1), "gate has spread -0.1"),
         (lambda: latent_gate(threshold=math.nan), "Gate has threshold nan"),
-        (lambda: latent_gate(layer=-1), "Gate has layer -1"),
+        (lambda: latent_gate(layer=-1), "Probe has layer -1"),
     ],
 )
 def test_bad_gates(call, message):

@@ -228,7 +228,7 @@ def test_two_threads_decode_as_one_would(tiny_whisper):
         float(gate.window_logit(gate.frame_logits(outputs(tiny_whisper, mel(seed)[None])[1][0])))
         for seed in (1, 11, 21, 31, 2, 12, 22, 32)
     ]
-    gate = raw_gate(64, coef=gate.coef, intercept=0.0, threshold=float(np.median(logits)))
+    gate = raw_gate(64, coef=gate.probes[0].coef, intercept=0.0, threshold=float(np.median(logits)))
     with steer(tiny_whisper, steering=Steering((shift(1),), gate)):
         alone = [run(1), run(2)]
         assert {r.text == "" for r in alone[0] + alone[1]} == {True, False}

@@ -28,6 +28,7 @@ from whisper_steer.audio import load_audio  # noqa: E402
 from whisper_steer.backends.transformers import TransformersBackend  # noqa: E402
 from whisper_steer.errors import MismatchError, UsageError  # noqa: E402
 from whisper_steer.fileformat import encoder_sha256, model_metadata  # noqa: E402
+from whisper_steer.passing import Pass, Step  # noqa: E402
 from whisper_steer.steering import Gate, Shift, Steering  # noqa: E402
 from whisper_steer.transformers_model import from_openai, vocabulary  # noqa: E402
 from whisper_steer.transformers_pipeline import PipelineWatch  # noqa: E402
@@ -147,8 +148,8 @@ def test_edits_are_those_of_openai_whisper(openai, model):
 def test_a_tuple_from_the_layer_keeps_its_other_parts(model):
     """transformers 4 returns (output, attention weights)."""
     registry = transformers_steering.TransformersRegistry(model)
-    step = SimpleNamespace(steering=Steering((Shift(1, torch.ones(64), 1.0),)), alpha=1.0, frame_gate=None)
-    registry._local.current = SimpleNamespace(steps=(step,), of_decode=True)
+    steering = Steering((Shift(1, torch.ones(64), 1.0),))
+    registry._local.current = Pass((Step(None, 1.0, steering),), of_decode=True)
     after = registry._block_hook(1)
     x = torch.zeros(1, 3, 64)
     edited, other = after(model, (), (x, "weights"))

@@ -40,7 +40,7 @@ def mixed(tiny_whisper):
     ]
     assert logits[1] > max(logits[0], logits[2])
     middle = (logits[1] + max(logits[0], logits[2])) / 2
-    return sound, raw_gate(64, coef=gate.coef, intercept=0.0, smooth=301, threshold=middle)
+    return sound, raw_gate(64, coef=gate.probes[0].coef, intercept=0.0, smooth=301, threshold=middle)
 
 
 # ---------- openai-whisper's own rule drops a withheld window
@@ -199,7 +199,8 @@ def test_a_batch_is_judged_window_by_window(tiny_whisper):
     batch = torch.stack([mel(seed) for seed in range(4)])
     gate = raw_gate(64, coef=torch.randn(64, generator=torch.Generator().manual_seed(1)), intercept=0.0)
     logits = gate.window_logit(gate.frame_logits(outputs(tiny_whisper, batch)[1][0])).tolist()
-    gate = raw_gate(64, coef=gate.coef, intercept=0.0, threshold=sorted(logits)[2] - 1e-3)  # two of four
+    two_of_four = sorted(logits)[2] - 1e-3
+    gate = raw_gate(64, coef=gate.probes[0].coef, intercept=0.0, threshold=two_of_four)
     plain = tiny_whisper.decode(batch, OPTIONS)
     for decode_withheld in (True, False):
         with steer(tiny_whisper, steering=Steering((), gate), decode_withheld=decode_withheld) as handle:

@@ -62,11 +62,12 @@ def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
     frame. Raises UsageError if it is not: there is a gate, or an edit other than a Shift."""
     import torch
 
-    from .steering import Shift
+    from .steering import LatentEdit, MeanAblation
 
     name = steering.metadata.get("name") or "this steering"
     found = ["a gate"] if steering.gate is not None else []
-    found += ["a latent edit"] if any(not isinstance(edit, Shift) for edit in steering.edits) else []
+    kinds = {LatentEdit: "a latent edit", MeanAblation: "a mean ablation"}
+    found += [what for kind, what in kinds.items() if any(isinstance(edit, kind) for edit in steering.edits)]
     if found:
         raise UsageError(
             f"{name} has {' and '.join(found)}, which depends on the audio and cannot be baked: attach it "
@@ -74,7 +75,7 @@ def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
         )
     total: dict[int, torch.Tensor] = {}
     for edit in steering.edits:
-        delta = edit.delta(torch.zeros(1), alpha)
+        delta = edit.delta(torch.zeros(1), alpha)  # a Shift's, which needs no activation
         total[edit.layer] = total.get(edit.layer, 0) + delta
     return {layer: vector.numpy() for layer, vector in total.items()}
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,20 +150,30 @@ def scores_of_windows(
     end of the file the rest is padding in both).
     """
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES)
-    found: list[torch.Tensor] = []
+    found: dict[int, torch.Tensor] = {}
     scores = {}
     with model_lock(model), torch.no_grad():
-        hook = model.encoder.blocks[gate.layer].register_forward_hook(lambda *args: found.append(args[2]))
+        hooks = [
+            model.encoder.blocks[layer].register_forward_hook(partial(_keep_output, found, layer))
+            for layer in gate.layers
+        ]
         try:
             for seek in sorted(seeks):
                 content = mel.shape[-1] - N_FRAMES - seek
                 window = pad_or_trim(mel[:, seek : seek + min(N_FRAMES, content)], N_FRAMES)
                 model.encoder(window[None].to(model.device))
-                logit = gate.window_logit(gate.frame_logits(found.pop()))
+                logit = gate.window_logit(gate.frame_logits(found))
                 scores[seek] = float(torch.sigmoid(logit.double())[0])
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
     return scores
+
+
+def _keep_output(
+    found: dict[int, torch.Tensor], layer: int, module: Any, args: Any, output: torch.Tensor
+) -> None:
+    found[layer] = output
 
 
 def diff_words(plain: Sequence[str], steered: Sequence[str]) -> tuple[list[bool], list[bool]]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ctranslate2
 import numpy as np
@@ -30,7 +30,8 @@ from .ct2_encoder import load_encoder, run_encoder
 from .ct2_file import MODEL_FILE, added_bytes, ffn_bias_name
 from .edits import Shift
 from .errors import ModelError
-from .registry import Step, steered, verdicts_of
+from .passing import Pass, Step
+from .registry import verdicts_of
 from .withholding import Suppressed
 
 if TYPE_CHECKING:
@@ -190,8 +191,13 @@ class SteeredWhisper:
         weight = encoder.conv1.weight
         steps = tuple(replace(step, steering=step.handle.on(device)) for step in steps)
 
+        current = Pass(steps, of_decode=True)
+
+        def run_block(layer: int, x: Tensor) -> Tensor:
+            return cast(Tensor, encoder.blocks[layer](x))
+
         def after_block(layer: int, x: Tensor) -> Tensor:
-            edited = steered(steps, layer, x)
+            edited = current.after_block(layer, x, run_block)
             return x if edited is None else edited
 
         output = run_encoder(encoder, mel.to(weight.device, weight.dtype), after_block)

@@ -1,4 +1,4 @@
-"""Edits of the residual stream: Shift and LatentEdit. Plain data with a pure `__call__`.
+"""Edits of the residual stream: Shift, LatentEdit and MeanAblation. Plain data with a pure `__call__`.
 
 x is (..., frames, d_model), the output of `encoder.blocks[layer]` (0-based), in any float dtype; an edit is
 computed in float32 and returned in x's dtype. alpha (>= 0) is the public dial, strength the calibrated number
@@ -165,7 +165,53 @@ class LatentEdit:
         return gated(self, x, alpha, None)
 
 
-Edit = Shift | LatentEdit
+@dataclass(frozen=True, eq=False)
+class MeanAblation:
+    """x + a (mean - x), a = min(alpha * strength, 1): a frame becomes what it is on average where nobody
+    speaks and nothing sounds (the mean ablation of interpretability, its data being the silence of padding).
+
+    mean: (frames, d_model), one mean per position of the window, or (1, d_model). A frame that is within
+    `tolerance` (in units of the mean's length) of its mean is silent already and left as it is, bit for bit.
+    """
+
+    layer: int
+    mean: Tensor
+    strength: float = 1.0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        set_int(self, "layer", 0)
+        set_tensor(self, "mean", (None, None))
+        for name in ("strength", "tolerance"):
+            set_number(self, name)
+            if getattr(self, name) < 0:
+                raise UsageError(f"mean ablation has {name} {getattr(self, name)}: expected a number >= 0")
+
+    @property
+    def d_model(self) -> int:
+        return self.mean.shape[1]
+
+    def delta(self, x: Tensor, alpha: float) -> Tensor:
+        """What is added to x, float32, (..., frames, d_model). Raises UsageError for a window of more frames
+        than it has means."""
+        frames = x.shape[-2]
+        if 1 < len(self.mean) < frames:
+            raise UsageError(
+                f"the mean ablation has means of {len(self.mean)} frames, the window has {frames}: "
+                "expected at most as many"
+            )
+        mean = self.mean.to(x.device)
+        if len(mean) > 1:
+            mean = mean[:frames]
+        away = mean - x.float()
+        far = away.norm(dim=-1, keepdim=True) > self.tolerance * mean.norm(dim=-1, keepdim=True)
+        return min(alpha * self.strength, 1.0) * torch.where(far, away, torch.zeros_like(away))
+
+    def __call__(self, x: Tensor, alpha: float) -> Tensor:
+        return gated(self, x, alpha, None)
+
+
+Edit = Shift | LatentEdit | MeanAblation
 
 
 def gated(edit: Edit, x: Tensor, alpha: float, g: Tensor | None) -> Tensor:

@@ -3,66 +3,49 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UsageError
-from .plaindata import set_indices, set_int, set_number, set_tensor, subset_codes
+from .plaindata import set_int, set_number
+from .probe import Probe
 
-GATE_KINDS = ("latents", "raw")
 # a frame this surely spoken is not touched at all, so that clear speech stays bit-identical
 MIN_FRAME_GATE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """A linear probe on one layer that says, per frame and per 30 s window, how surely *nobody* speaks.
+    """Says, per 20 ms frame and per 30 s window, how surely *nobody* speaks.
 
-    Features of a frame: kind "latents": log1p(f_j / unit_j) of m latents, f by the threshold form (W_enc (m,
-    d_model), b_enc, theta, unit (m,)); kind "raw": (x - mean) / std (mean, std (d_model,)). coef: one per
-    feature.
-
-    smooth: width of the moving average over frames (odd; a frame is 20 ms). threshold: the window logit
-    above which a window is withheld at alpha 1; spread: how much it rises towards small alphas. frame_scale,
-    frame_bias: slope and centre of the per-frame gate. indices: the latents' numbers in the SAE.
+    The logit of a frame is the sum of its probes (one or two layers, ascending) and the intercept,
+    averaged over `smooth` frames (odd).
+    threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
+    small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
+    min_run: the per-frame gate stays shut in stretches of fewer frames than this: a pause inside a sentence
+    is speech.
     """
 
-    layer: int
-    coef: Tensor
+    probes: tuple[Probe, ...]
     intercept: float
-    W_enc: Tensor | None
-    b_enc: Tensor | None
-    theta: Tensor | None
-    kind: str
     smooth: int
     threshold: float
     spread: float
     frame_scale: float
     frame_bias: float
-    unit: Tensor | None = None
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    min_run: int = 1
 
     def __post_init__(self) -> None:
-        set_int(self, "layer", 0)
-        if self.kind not in GATE_KINDS:
-            raise UsageError(f"gate has kind {self.kind!r}: expected one of {', '.join(GATE_KINDS)}")
-        set_tensor(self, "coef", (None,))
-        m = self.coef.shape[0]
-        needed = ("b_enc", "theta", "unit") if self.kind == "latents" else ("mean", "std")
-        if self.kind == "latents":
-            set_tensor(self, "W_enc", (m, None))
-            set_indices(self, m)
-        for name in needed:
-            set_tensor(self, name, (m,))
-        for name in ("unit", "std"):
-            value = getattr(self, name)
-            if name in needed and not bool((value > 0).all()):
-                raise UsageError(f"gate has a {name} of {float(value.min())}: expected numbers > 0")
+        object.__setattr__(self, "probes", tuple(self.probes))
+        layers = [probe.layer for probe in self.probes]
+        if not layers or layers != sorted(set(layers)):
+            raise UsageError(f"gate has probes on layers {layers}: expected one each, ascending")
+        if len({probe.d_model for probe in self.probes}) > 1:
+            raise UsageError("gate has probes of different d_model: expected those of one model")
         for name in ("intercept", "threshold", "spread", "frame_scale", "frame_bias"):
             set_number(self, name)
         if self.spread < 0:
@@ -70,21 +53,48 @@ class Gate:
         set_int(self, "smooth", 1)
         if self.smooth % 2 == 0:
             raise UsageError(f"gate has smooth {self.smooth}: expected an odd number of frames")
+        set_int(self, "min_run", 1)
+
+    @property
+    def layer(self) -> int:
+        """The last layer that is read: what the gate says is known from there on."""
+        return self.probes[-1].layer
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(probe.layer for probe in self.probes)
 
     @property
     def d_model(self) -> int:
-        return self.coef.shape[0] if self.W_enc is None else self.W_enc.shape[1]
+        return self.probes[0].d_model
 
-    def features(self, x: Tensor) -> Tensor:
-        """(..., d_model) -> (..., m), float32: what `coef` multiplies."""
-        if self.kind == "latents":
-            codes = subset_codes(x, _there(self.W_enc), _there(self.b_enc), _there(self.theta))
-            return torch.log1p(codes / _there(self.unit).to(x.device))
-        return (x.float() - _there(self.mean).to(x.device)) / _there(self.std).to(x.device)
+    @property
+    def kind(self) -> str:
+        """Of its probes: "latents", "raw" or "latents+raw"."""
+        return "+".join(sorted({probe.kind for probe in self.probes}))
 
-    def frame_logits(self, x: Tensor) -> Tensor:
-        """(batch, frames, d_model) -> (batch, frames): smoothed logit that nobody speaks in the frame."""
-        logits = self.features(x) @ self.coef.to(x.device) + self.intercept
+    @property
+    def n_features(self) -> int:
+        return sum(len(probe.coef) for probe in self.probes)
+
+    def part(self, layer: int, x: Tensor) -> Tensor:
+        """(batch, frames, d_model), the output of block `layer` -> (batch, frames): what that layer's
+        probe adds to the logits. Raises KeyError if it has none."""
+        return {probe.layer: probe for probe in self.probes}[layer].logits(x)
+
+    def frame_logits(self, streams: Tensor | Mapping[int, Tensor]) -> Tensor:
+        """(batch, frames, d_model) of its layer, or by layer -> (batch, frames): smoothed logit that nobody
+        speaks in the frame."""
+        by_layer = streams if isinstance(streams, Mapping) else {self.layer: streams}
+        if missing := [layer for layer in self.layers if layer not in by_layer]:
+            raise UsageError(f"the gate reads layers {self.layers}: pass that of layer {missing[0]}, too")
+        parts = [self.part(layer, by_layer[layer]) for layer in self.layers]
+        return self.smoothed(torch.stack(parts).sum(dim=0))
+
+    def smoothed(self, parts: Tensor) -> Tensor:
+        """The sum of all parts (batch, frames) -> the frames' logits: the intercept and the moving
+        average."""
+        logits = parts + self.intercept
         if self.smooth == 1 or logits.shape[-1] == 0:
             return logits
         # count_include_pad=False: at the edges the mean is over the frames that exist
@@ -99,10 +109,13 @@ class Gate:
         return frame_logits.amin(dim=-1)
 
     def frame_gate(self, frame_logits: Tensor) -> Tensor:
-        """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; below 0.01 it is
-        0."""
+        """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; below 0.01, and in
+        stretches shorter than min_run, it is 0."""
         g = torch.sigmoid(self.frame_scale * (frame_logits - self.frame_bias))
-        return torch.where(g >= MIN_FRAME_GATE, g, torch.zeros_like(g))  # NaN also becomes 0
+        open_ = g >= MIN_FRAME_GATE  # False for NaN, too
+        if self.min_run > 1 and open_.shape[-1] > 0:
+            open_ = _long_runs(open_, self.min_run)
+        return torch.where(open_, g, torch.zeros_like(g))
 
     def window_threshold(self, alpha: float) -> float:
         """Window logit above which the window's words are withheld; infinite at alpha 0."""
@@ -111,8 +124,10 @@ class Gate:
         return self.threshold + self.spread * (1 / alpha - 1)
 
 
-def _there(tensor: Tensor | None) -> Tensor:
-    """Narrow a field that `__post_init__` has already required."""
-    if tensor is None:
-        raise UsageError("the gate lacks a tensor that its kind needs")
-    return tensor
+def _long_runs(mask: Tensor, length: int) -> Tensor:
+    """(batch, frames) bool: only the runs of True that are at least that long (a morphological opening). A
+    run at the window's edge goes on beyond it, so it counts as long."""
+    closed = F.pad((~mask).float().unsqueeze(1), (length - 1, length - 1))
+    # eroded[i]: the whole run of `length` frames from i - (length - 1) on is open
+    eroded = 1 - F.max_pool1d(closed, length, stride=1)
+    return F.max_pool1d(eroded, length, stride=1).squeeze(1) > 0

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import FormatError
 from .fileformat import load_metadata, load_tensors
 from .sae import SparseAutoencoder
-from .steering import Gate, LatentEdit, Shift, Steering
+from .steering import Edit, Gate, MeanAblation, Shift, Steering
 
 _STRUCTURE = ("edits", "gate", "dims")  # said in another way below
 
@@ -58,13 +58,21 @@ def _steering(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _edit(edit: Shift | LatentEdit) -> dict[str, Any]:
+def _edit(edit: Edit) -> dict[str, Any]:
     if isinstance(edit, Shift):
         return {
             "type": "shift",
             "layer": edit.layer,
             "strength": edit.strength,
             "norm": float(edit.direction.norm()),
+        }
+    if isinstance(edit, MeanAblation):
+        return {
+            "type": "mean_ablation",
+            "layer": edit.layer,
+            "strength": edit.strength,
+            "tolerance": edit.tolerance,
+            "positions": len(edit.mean),
         }
     return {
         "type": "latents",
@@ -81,13 +89,14 @@ def _edit(edit: Shift | LatentEdit) -> dict[str, Any]:
 def _gate(gate: Gate) -> dict[str, Any]:
     return {
         "kind": gate.kind,
-        "layer": gate.layer,
-        "features": len(gate.coef),
+        "layers": list(gate.layers),
+        "features": gate.n_features,
         "smooth": gate.smooth,
         "threshold": gate.threshold,
         "spread": gate.spread,
         "frame_scale": gate.frame_scale,
         "frame_bias": gate.frame_bias,
+        "min_run": gate.min_run,
     }
 
 

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import Whisper
 
 from .errors import UsageError
-from .steering import Steering
+from .passing import Pass, Step
 from .withholding import Suppressed, active_collector, marked, skipped
 
 if TYPE_CHECKING:
@@ -54,25 +54,6 @@ def model_lock(model: nn.Module) -> threading.RLock:
 def registry_of(model: nn.Module) -> Registry | None:
     """The model's registry, None if it is not steered."""
     return _registries.get(model)
-
-
-@dataclass(eq=False)
-class Step:
-    """One handle's part in one encoder pass. alpha was read once, when the pass began."""
-
-    handle: Handle
-    alpha: float
-    steering: Steering
-    frame_gate: Tensor | None = None  # (batch, frames)
-    window_logit: Tensor | None = None  # (batch,)
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """The steps of an encoder pass. of_decode: it belongs to `decode`, else to a bare call of the encoder."""
-
-    steps: tuple[Step, ...]
-    of_decode: bool
 
 
 class Registry:
@@ -176,9 +157,15 @@ class Registry:
         def after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             current = self._current()
             # a block that is called by itself, outside of the encoder, is left alone
-            return None if current is None else steered(current.steps, layer, output)
+            if current is None or current.rewinding:
+                return None
+            return current.after_block(layer, output, self._run_block)
 
         return after_block
+
+    def _run_block(self, layer: int, x: Tensor) -> Tensor:
+        """Block `layer` on x, while its hook leaves it alone."""
+        return cast(Tensor, self._encoder(self._living_model())[1][layer](x))
 
     def _current(self) -> Pass | None:
         return getattr(self._local, "current", None)
@@ -268,20 +255,6 @@ class Registry:
         previous = getattr(self._local, "mel", None)
         self._local.mel = weakref.ref(mel)
         return previous is not None and previous() is mel
-
-
-def steered(steps: tuple[Step, ...], layer: int, output: Tensor) -> Tensor | None:
-    """The block's output after all steps; None (leave it) if nothing changed. Gates read it before any
-    edit."""
-    for step in steps:
-        gate = step.steering.gate
-        if gate is not None and gate.layer == layer:
-            logits = gate.frame_logits(output)
-            step.frame_gate, step.window_logit = gate.frame_gate(logits), gate.window_logit(logits)
-    x = output
-    for step in steps:
-        x = step.steering.edit(x, layer, step.alpha, step.frame_gate)
-    return None if x is output else x
 
 
 def verdicts_of(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edits import Edit, LatentEdit, Shift, gated
+from .edits import Edit, LatentEdit, MeanAblation, Shift, gated
 from .errors import FormatError, MismatchError, UsageError
 from .fileformat import encoder_sha256, load_tensors, model_name, save_tensors
 from .gate import Gate
 from .plaindata import moved, split, with_prefix
+from .probe import Probe
 
-__all__ = ["Edit", "Gate", "LatentEdit", "Shift", "Steering"]
+__all__ = ["Edit", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering"]
 
 logger = logging.getLogger("whisper_steer")
 
 KIND = "steering"
-_EDIT_TYPES: dict[str, type[Shift] | type[LatentEdit]] = {"shift": Shift, "latents": LatentEdit}
+_EDIT_TYPES: dict[str, type[Shift] | type[LatentEdit] | type[MeanAblation]] = {
+    "shift": Shift, "latents": LatentEdit, "mean_ablation": MeanAblation,
+}  # fmt: skip
 _TYPE_NAMES = {kind: name for name, kind in _EDIT_TYPES.items()}
-_NO_GATE_TENSORS: dict[str, Any] = {"W_enc": None, "b_enc": None, "theta": None}
 _EMPTY_CARD: dict[str, Any] = {
     "base_model": None,
     "encoder_sha256": None,
@@ -42,7 +44,9 @@ _EMPTY_CARD: dict[str, Any] = {
 class Steering:
     """Edits applied in order (an edit sees the ones before it), scaled per frame by the gate if there is one.
 
-    The gate reads the stream before any of its steering's edits, so its layer is at most theirs.
+    The gate reads the stream before any of its steering's edits. An edit may be at an earlier layer than
+    the gate's last one: the blocks between them are then run again, for the windows that the edit changes
+    (registry.Pass).
     metadata: name, base_model, encoder_sha256, d_model, n_layers, calibrated_on, rates, recipe, licence, ...
     (`fileformat.model_metadata(model)` gives the ones that `check` compares).
     """
@@ -59,12 +63,6 @@ class Steering:
         widths = sorted({part.d_model for part in parts})
         if len(widths) > 1:
             raise UsageError(f"a steering's parts have different d_model: {', '.join(map(str, widths))}")
-        early = [edit.layer for edit in self.edits if self.gate is not None and edit.layer < self.gate.layer]
-        if early and self.gate is not None:
-            raise UsageError(
-                f"the gate reads layer {self.gate.layer}, but an edit comes before it (layer {min(early)}): "
-                "the gate's layer must be at most that of every edit"
-            )
 
     @property
     def d_model(self) -> int:
@@ -73,7 +71,14 @@ class Steering:
     @property
     def layers(self) -> tuple[int, ...]:
         """All layers that are read or edited, ascending."""
-        return tuple(sorted({part.layer for part in self._parts()}))
+        gates = () if self.gate is None else self.gate.layers
+        return tuple(sorted({*gates, *(edit.layer for edit in self.edits)}))
+
+    @property
+    def early_layers(self) -> tuple[int, ...]:
+        """Layers of edits that come before the gate's last one, ascending."""
+        last = -1 if self.gate is None else self.gate.layer
+        return tuple(sorted({edit.layer for edit in self.edits if edit.layer < last}))
 
     def edit(self, x: Tensor, layer: int, alpha: float, frame_gate: Tensor | None = None) -> Tensor:
         """Apply this layer's edits to x (batch, frames, d_model); x itself if there is nothing to do.
@@ -87,7 +92,9 @@ class Steering:
 
     def to(self, device: torch.device | str) -> Steering:
         """The same steering with its tensors on `device`."""
-        gate = None if self.gate is None else moved(self.gate, device)
+        gate = self.gate
+        if gate is not None:
+            gate = replace(gate, probes=tuple(moved(probe, device) for probe in gate.probes))
         return replace(self, edits=tuple(moved(edit, device) for edit in self.edits), gate=gate)
 
     def check(self, model: Any, *, strict: bool = True) -> None:
@@ -128,7 +135,7 @@ class Steering:
             "d_model": self.d_model,
             "layers": list(self.layers),
             "edits": edits,
-            "gate": None if self.gate is None else split(self.gate, "gate.", tensors),
+            "gate": None if self.gate is None else _gate_record(self.gate, tensors),
         }
         save_tensors(path, tensors, {"name": Path(path).stem, **_EMPTY_CARD, **self.metadata, **structure})
 
@@ -139,9 +146,7 @@ class Steering:
         try:
             records, gate_record = metadata.pop("edits"), metadata.pop("gate")
             edits = tuple(_read_edit(record, number, tensors) for number, record in enumerate(records))
-            gate = None
-            if gate_record is not None:
-                gate = Gate(**{**_NO_GATE_TENSORS, **gate_record, **with_prefix("gate.", tensors)})
+            gate = None if gate_record is None else _read_gate(gate_record, tensors)
             return cls(edits, gate, metadata)
         except UsageError as error:
             raise FormatError(f"{path}: {error}") from error
@@ -157,3 +162,17 @@ def _read_edit(record: dict[str, Any], number: int, tensors: dict[str, Tensor]) 
     plain = {key: value for key, value in record.items() if key != "type"}
     arguments: dict[str, Any] = {**plain, **with_prefix(f"edits.{number}.", tensors)}
     return _EDIT_TYPES[record["type"]](**arguments)
+
+
+def _gate_record(gate: Gate, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    plain = split(gate, "gate.", tensors)
+    probes = [split(probe, f"gate.probes.{n}.", tensors) for n, probe in enumerate(gate.probes)]
+    return {**plain, "probes": probes}
+
+
+def _read_gate(record: dict[str, Any], tensors: dict[str, Tensor]) -> Gate:
+    probes = tuple(
+        Probe(**{**plain, **with_prefix(f"gate.probes.{n}.", tensors)})
+        for n, plain in enumerate(record["probes"])
+    )
+    return Gate(**{**record, "probes": probes})

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from whisper.model import ModelDimensions
 
 from .convert_hf import DIMS, openai_name
-from .registry import Registry, Step, steered, verdicts_of
+from .passing import Step
+from .registry import Registry, verdicts_of
 from .transformers_model import vocabulary
 from .transformers_pipeline import PipelineWatch
 from .withholding import Suppressed, active_collector
@@ -137,10 +138,10 @@ class TransformersRegistry(Registry):
     def _block_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def after_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             current = self._current()
-            if current is None:
+            if current is None or current.rewinding:
                 return None
             before = output[0] if isinstance(output, tuple) else output
-            after = steered(current.steps, layer, before)
+            after = current.after_block(layer, before, self._run_block)
             if after is None:
                 return None
             if after.dtype == torch.float16:
@@ -149,6 +150,14 @@ class TransformersRegistry(Registry):
             return (after, *output[1:]) if isinstance(output, tuple) else after
 
         return after_layer
+
+    def _run_block(self, layer: int, x: Tensor) -> Tensor:
+        block = self._encoder(self._living_model())[1][layer]
+        # Whisper's encoder attends to everything: no masks, whatever this version calls them
+        names = list(inspect.signature(block.forward).parameters.values())[1:]
+        masks = {p.name: None for p in names if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        output = block(x, **masks)
+        return output[0] if isinstance(output, tuple) else output
 
     def _encoder_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         windows, current = self._windows(), self._current()

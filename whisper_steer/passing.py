@@ -1,0 +1,128 @@
+"""One pass through a steered encoder: gates read it, edits change it, what lies before a gate runs again.
+
+A gate knows who speaks when its last layer is reached. Edits from that layer on are applied on the way.
+For edits
+at earlier layers the pass goes back: the stream of the first of them was kept, is edited now, and the blocks
+up to the gate's layer run a second time, only for the windows that the edits change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .steering import Steering
+
+if TYPE_CHECKING:
+    from .attach import Handle
+
+# runs an encoder block by its number, unsteered: (layer, x (batch, frames, d_model)) -> the same shape
+RunBlock = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Step:
+    """One handle's part in one encoder pass. alpha was read once, when the pass began."""
+
+    handle: Handle
+    alpha: float
+    steering: Steering
+    logits: Tensor | None = None  # (batch, frames): the sum of the gate's parts read so far
+    frame_gate: Tensor | None = None  # (batch, frames)
+    window_logit: Tensor | None = None  # (batch,)
+
+    @property
+    def ready(self) -> bool:
+        """Is it known where to edit?"""
+        return self.steering.gate is None or self.frame_gate is not None
+
+    def read(self, layer: int, x: Tensor) -> bool:
+        """Let the gate read the output of block `layer`; True if it has now read all it needs."""
+        gate = self.steering.gate
+        if gate is None or layer not in gate.layers:
+            return False
+        part = gate.part(layer, x)
+        self.logits = part if self.logits is None else self.logits + part
+        if layer < gate.layer:
+            return False
+        logits = gate.smoothed(self.logits)
+        self.frame_gate, self.window_logit = gate.frame_gate(logits), gate.window_logit(logits)
+        return True
+
+    def withholds(self) -> Tensor | None:
+        """(batch,) bool: the windows whose words the gate withholds; None without a gate."""
+        if self.steering.gate is None or self.window_logit is None:
+            return None
+        return self.window_logit > self.steering.gate.window_threshold(self.alpha)
+
+
+@dataclass(eq=False)
+class Pass:
+    """The steps of an encoder pass. of_decode: it belongs to `decode`, else to a bare call of the encoder."""
+
+    steps: tuple[Step, ...]
+    of_decode: bool
+    rewinding: bool = False  # blocks are being run again: they are steered from here, not by their hooks
+    _kept: dict[int, Tensor] = field(default_factory=dict)  # outputs of blocks that edits may go back to
+
+    def after_block(self, layer: int, output: Tensor, block: RunBlock) -> Tensor | None:
+        """What block `layer` is taken to have put out; None: its output as it is. output: (batch, frames,
+        d_model)."""
+        if any(layer in step.steering.early_layers for step in self.steps):
+            self._kept[layer] = output
+        done = [step for step in self.steps if step.read(layer, output)]
+        back = [step for step in done if step.steering.early_layers]
+        x = self._again(back, layer, output, block) if back else output
+        x = self._edited(layer, x, None)
+        return None if x is output else x
+
+    def _edited(self, layer: int, x: Tensor, rows: Tensor | None) -> Tensor:
+        """x after the edits at `layer` of every step that knows where. rows: the windows that x holds."""
+        for step in self.steps:
+            if step.ready:
+                g = step.frame_gate if rows is None or step.frame_gate is None else step.frame_gate[rows]
+                x = step.steering.edit(x, layer, step.alpha, g)
+        return x
+
+    def _again(self, back: Sequence[Step], layer: int, output: Tensor, block: RunBlock) -> Tensor:
+        """The output of block `layer` with the early edits of `back`; `output` itself if they change
+        nothing."""
+        first = min(step.steering.early_layers[0] for step in back)
+        rows = self._changed(back, output)
+        if not rows.numel():
+            return output
+        x = self._edited(first, self._kept[first][rows], rows)
+        self.rewinding = True
+        try:
+            for number in range(first + 1, layer + 1):
+                x = block(number, x)
+                if number < layer:
+                    x = self._edited(number, x, rows)
+        finally:
+            self.rewinding = False
+        if len(rows) == len(output):
+            return x
+        result = output.clone()
+        result[rows] = x
+        return result
+
+    def _changed(self, back: Sequence[Step], output: Tensor) -> Tensor:
+        """Numbers of the windows that an early edit changes. A window that is withheld anyway is not
+        changed: what would have been written in it is what plain Whisper writes."""
+        changed = torch.zeros(len(output), dtype=torch.bool, device=output.device)
+        for step in back:
+            for layer in step.steering.early_layers:
+                before = self._kept[layer]
+                edited = step.steering.edit(before, layer, step.alpha, step.frame_gate)
+                if edited is not before:
+                    changed |= (edited != before).flatten(1).any(dim=1)
+        if self.of_decode:
+            for step in self.steps:
+                withheld = step.withholds()
+                if withheld is not None:
+                    changed &= ~withheld
+        return changed.nonzero().flatten()
