@@ -224,7 +224,7 @@ def test_a_full_disk_while_merging_keeps_the_parts(tmp_path, monkeypatch):
     cache = tmp_path / "labels.jsonl"
     parts = ray_jobs._Parts(cache, 7)
     ray_jobs.open_label_file(cache, 7)
-    transcript = {"text": "a", "windows": [], "greedy": [[0.5, -1.0]], "seconds": 1.0}
+    transcript = {"text": "a", "windows": [], "greedy": [[0.5, -1.0]], "seconds": 1.0, "segments": []}
     line = json.dumps({"id": "a", "crc": 1, "transcript": transcript}) + "\n"
     parts.write(line)
 
