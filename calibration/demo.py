@@ -60,10 +60,10 @@ def transcripts(command: str, clips: Sequence[Path], model: str, alpha: float) -
 def what_came_out(result: dict[str, Any]) -> str:
     """The words of one result, in quotes, or what was withheld in their place."""
     said = f'"{result["text"].strip()}"' if result["text"].strip() else "(no words)"
-    held = [
-        f'withheld "{(window["text"] or "").strip()}": {100 * window["score"]:.1f} % sure that nobody speaks'
-        for window in result["suppressed"]
-    ]
+    held = []
+    for window in result["suppressed"]:
+        words = f' "{window["text"].strip()}"' if window["text"] else ""  # none where it was not decoded
+        held.append(f"withheld{words}: {100 * window['score']:.1f} % sure that nobody speaks")
     return "\n".join([said, *held])
 
 

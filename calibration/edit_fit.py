@@ -54,8 +54,14 @@ class PooledClips:
 
 
 @torch.no_grad()
-def pool_frames(sae: SparseAutoencoder, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One clip's (latents, mean, active_sum, active_count) from its true frames x (frames, d_model)."""
+def pool_frames(
+    sae: SparseAutoencoder | None, x: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One clip's (latents, mean, active_sum, active_count) from its true frames x (frames, d_model); no
+    latents without an SAE."""
+    if sae is None:
+        nothing = np.zeros(0)
+        return nothing.astype(np.float32), x.mean(dim=0).numpy(), nothing, nothing
     codes = sae.encode(x)
     count = (codes > 0).sum(dim=0)
     total = codes.sum(dim=0)
@@ -185,19 +191,26 @@ def mean_difference(layer: int, mean: np.ndarray, positive: np.ndarray, *, norma
     return Shift(layer=layer, direction=torch.from_numpy(direction.astype(np.float32)), strength=1.0)
 
 
-def stack_pooled(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> PooledClips:
+def stack_pooled(parts: Sequence[tuple[np.ndarray, ...]]) -> PooledClips:
     """Join the results of `pool_frames` of several clips."""
     latents, means, sums, counts = zip(*parts, strict=True)
     return PooledClips(np.stack(latents), np.stack(means), np.sum(sums, axis=0), np.sum(counts, axis=0))
 
 
-def record_of(contrast: Contrast, regression: Regression) -> Mapping[str, object]:
-    """What a steering file tells about the fit behind it."""
+def contrast_record(contrast: Contrast) -> dict[str, object]:
+    """What a steering file tells about the classes behind it."""
     return {
         "contrast": contrast.name,
         "contrast_reason": contrast.reason,
         "positive_clips": int(contrast.positive.sum()),
         "negative_clips": int((contrast.used & ~contrast.positive).sum()),
+    }
+
+
+def record_of(contrast: Contrast, regression: Regression) -> Mapping[str, object]:
+    """What a steering file tells about the fit behind it."""
+    return {
+        **contrast_record(contrast),
         "balanced_accuracy": regression.balanced_accuracy,
         "f1": regression.f1,
         "folds": regression.folds,

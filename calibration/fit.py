@@ -4,71 +4,54 @@ clips.
     python -m calibration.fit --model mini.en --saes out/saes --labels out/labels.jsonl \\
         --corpus out/corpus --data ../shared/data --out out/fit
 
-For every layer: gates on 16 to 128 SAE latents and one on raw activations; edits from a logistic regression
-    on pooled
-latents (both published forms, several k) and from mean differences. Every part is a steering file of its
-own in --out; windows.npz holds what each gate says about every window of the calibration clips, fit.json
-the record. `python -m calibration.sweep` chooses among them.
+For every layer: gates on 16 to 128 SAE latents and one on raw activations, and both on two layers jointly;
+edits from a logistic regression on pooled latents (both published forms, several k), from the causal effect
+of latents, from both, and from mean differences; and the silence that frames are replaced by where nobody
+speaks. Every part is a steering file of its own in --out; windows.npz holds what each gate says about every
+window of the calibration clips, fit.json the record. `python -m calibration.sweep` chooses among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from calibration import edit_fit, gate_fit
-from calibration.activations import (
-    FRAMES_PER_SECOND,
-    MAX_FRAMES,
-    check_layers,
-    cut_window,
-    encode_windows,
-    padded_log_mel,
-    true_frames,
-)
+from calibration.activations import check_layers
+from calibration.causal import CausalEffects, both_edit, candidates, causal_edit, causal_effects
 from calibration.command import run
-from calibration.gate_fit import NOBODY, SPEECH, UNCLEAR
+from calibration.evaluate import evenly, normalise
+from calibration.fit_files import Fit, write_fit
 from calibration.hallucinations import Labels, label_clips
-from calibration.selection import CalibrationClip
-from calibration.training_clips import REAL_SPEECH_DB, frame_levels
+from calibration.hearing import first_windows
+from calibration.silence import fit_silence
+from calibration.training_clips import TrainingClip
+from calibration.window_table import measure_windows, named
 from whisper_steer.errors import FormatError, MismatchError, UsageError
-from whisper_steer.fileformat import encoder_sha256, model_metadata
+from whisper_steer.fileformat import encoder_sha256
 from whisper_steer.sae import SparseAutoencoder
-from whisper_steer.steering import Edit, Gate, Steering
+from whisper_steer.steering import Edit, Gate
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
 
     from calibration.corpus import Clip
 
+logger = logging.getLogger("whisper_steer")
+
 TOP_K = (10, 50)
+CAUSAL_K = (4, 16)
 AUDIOSAE_K = (10, 100)
-WINDOWS, RECORD = "windows.npz", "fit.json"
-
-
-@dataclass(frozen=True)
-class WindowTable:
-    """What gates say about the windows of the calibration clips.
-
-    Attributes:
-        clips: the clips; their `rows` point into the arrays.
-        logits: by gate name, unsmoothed frame logits (rows, 1500) float32.
-        targets: (rows, 1500) int8, SPEECH, NOBODY or UNCLEAR.
-    """
-
-    clips: tuple[CalibrationClip, ...]
-    logits: Mapping[str, np.ndarray]
-    targets: np.ndarray
+PARTNERS = 3  # layers that the best one is paired with
+_SILENCE_CLIPS = 64
+_CAUSAL_WINDOWS = 24  # of speech, and of non-speech
 
 
 def load_saes(folder: Path, model: Whisper, layers: Sequence[int] | None = None) -> list[SparseAutoencoder]:
@@ -92,224 +75,165 @@ def load_saes(folder: Path, model: Whisper, layers: Sequence[int] | None = None)
     return saes
 
 
-def clip_targets(clip: Clip, audio: np.ndarray) -> np.ndarray:
-    """(1500,) targets of a calibration clip's first window, sure frames only.
-
-    Speech: loud frames inside its known intervals (real speech: loud frames). Non-speech clips: every frame
-        of audio.
-    """
-    n_true = true_frames(len(audio))
-    targets = np.full(MAX_FRAMES, UNCLEAR, dtype=np.int8)
-    if clip.kind == "nonspeech":
-        targets[:n_true] = NOBODY
-        return targets
-    loud = frame_levels(audio)[:n_true] > -REAL_SPEECH_DB
-    inside = np.zeros(len(loud), dtype=bool)
-    if clip.speech_intervals is None:
-        inside[:] = True
-    for start, end in clip.speech_intervals or ():
-        inside[int(start * FRAMES_PER_SECOND) : int(end * FRAMES_PER_SECOND)] = True
-    targets[: len(loud)][loud & inside] = SPEECH
-    return targets
-
-
-def measure_windows(
-    model: Whisper,
-    saes: Sequence[SparseAutoencoder],
-    gates: Mapping[str, Gate],
-    sets: Mapping[str, Sequence[Clip]],
-    labels: Mapping[str, Labels],
-    *,
-    batch: int = 8,
-    progress: bool = True,
-) -> tuple[WindowTable, list[edit_fit.PooledClips]]:
-    """One encoder pass over every window that plain `whisper.transcribe` looked at: all gates' frame
-    logits, and per layer the clips' pooled latents and mean activations (first window, padding left out).
-    """
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in gates}
-    targets: list[np.ndarray] = []
-    clips: list[CalibrationClip] = []
-    pooled: list[list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in saes]
-
-    def flush(group: list[tuple[Tensor, int | None]]) -> None:
-        encoded = encode_windows(model, torch.stack([mel for mel, _ in group]))
-        for name, gate in gates.items():
-            with torch.no_grad():
-                logits[name] += list(gate.frame_logits(dict(enumerate(encoded))).numpy())
-        for index, (_, n_true) in enumerate(group):
-            if n_true is not None:
-                for parts, sae in zip(pooled, saes, strict=True):
-                    parts.append(edit_fit.pool_frames(sae, encoded[sae.layer, index, :n_true]))
-
-    group: list[tuple[Tensor, int | None]] = []
-    total = sum(len(chosen) for chosen in sets.values())
-    for name, clip in tqdm(_named(sets), total=total, desc="calibration windows", disable=not progress):
-        audio = clip.load()
-        mel, content = padded_log_mel(audio, model.dims.n_mels)
-        transcript = labels[clip.id].transcript
-        rows = []
-        for number, window in enumerate(transcript.windows):
-            rows.append(len(targets))
-            first = number == 0
-            targets.append(
-                clip_targets(clip, audio) if first else np.full(MAX_FRAMES, UNCLEAR, dtype=np.int8)
-            )
-            group.append((cut_window(mel, content, window.seek), true_frames(len(audio)) if first else None))
-            if len(group) == batch:
-                flush(group)
-                group = []
-        reference = None if clip.kind == "nonspeech" else clip.text or ""
-        if rows:  # too short for a single mel frame: nothing was decoded
-            clips.append(CalibrationClip(clip.id, name, reference, transcript, tuple(rows)))
-    if group:
-        flush(group)
-    table = WindowTable(
-        tuple(clips), {name: np.stack(values) for name, values in logits.items()}, np.stack(targets)
-    )
-    return table, [edit_fit.stack_pooled(parts) for parts in pooled]
-
-
-def _named(sets: Mapping[str, Sequence[Clip]]) -> Iterator[tuple[str, Clip]]:
-    for name, clips in sets.items():
-        for clip in clips:
-            yield name, clip
-
-
 def fit_edits(
-    saes: Sequence[SparseAutoencoder],
-    pooled: Sequence[edit_fit.PooledClips],
+    saes: Mapping[int, SparseAutoencoder | None],
+    pooled: Mapping[int, edit_fit.PooledClips],
     labels: Sequence[Labels],
     nonspeech: np.ndarray,
+    effects_of: Callable[[SparseAutoencoder, np.ndarray], CausalEffects] | None = None,
 ) -> dict[str, tuple[Edit, dict[str, Any]]]:
-    """Edits of every layer with their records, by name.
+    """Edits of every layer with their records, by name; a layer without an SAE has directions only.
 
     labels, nonspeech: of the clips in the order of `pooled`.
+    effects_of: (SAE, candidate latents) -> what ablating each of them does; None: latents
+        are chosen by regression only.
     """
     # ours aims at words that come out; AudioSAE's recipe is fitted as published, on no_speech_prob
     ours = edit_fit.choose_contrast(labels, nonspeech, ("text", "hr", "nsp"))
     theirs = edit_fit.choose_contrast(labels, nonspeech, ("nsp", "hr", "text"))
     edits: dict[str, tuple[Edit, dict[str, Any]]] = {}
-    for sae, clips in zip(saes, pooled, strict=True):
-        layer = f"l{sae.layer}"
-        regression = edit_fit.regress(clips.latents[ours.used], ours.positive[ours.used])
-        record = dict(edit_fit.record_of(ours, regression))
+    for layer, sae in saes.items():
+        clips = pooled[layer]
         for normalised, name in ((True, "svector"), (False, "meandiff")):
             shift = edit_fit.mean_difference(
-                sae.layer, clips.mean[ours.used], ours.positive[ours.used], normalised=normalised
+                layer, clips.mean[ours.used], ours.positive[ours.used], normalised=normalised
             )
-            plain = {
-                key: value for key, value in record.items() if key.startswith(("contrast", "pos", "neg"))
-            }
-            edits[f"{name}_{layer}"] = shift, {"form": name, **plain}
-        if sae.activation == "topk":
-            continue  # its latents have no threshold form to edit by
+            edits[f"{name}_l{layer}"] = shift, {"form": name, **edit_fit.contrast_record(ours)}
+        if sae is None or sae.activation == "topk":
+            continue  # without codes, or with codes that have no threshold form to edit by
+        regression = edit_fit.regress(clips.latents[ours.used], ours.positive[ours.used])
+        record = dict(edit_fit.record_of(ours, regression))
         for k in TOP_K:
             edit = edit_fit.additive_edit(sae, regression.beta, clips.mean_activation, k)
-            edits[f"additive_{layer}_k{k}"] = edit, {"form": "additive", "k": k, **record}
+            edits[f"additive_l{layer}_k{k}"] = edit, {"form": "additive", "k": k, **record}
+        if effects_of is not None:
+            edits |= _causal_edits(sae, regression, clips, effects_of, ours, record)
         if theirs.name != ours.name:
             regression = edit_fit.regress(clips.latents[theirs.used], theirs.positive[theirs.used])
         record = dict(edit_fit.record_of(theirs, regression))
         for k in AUDIOSAE_K:
             edit = edit_fit.audiosae_edit(sae, regression.beta, k)
-            edits[f"audiosae_{layer}_k{k}"] = edit, {"form": "audiosae", "k": k, **record}
+            edits[f"audiosae_l{layer}_k{k}"] = edit, {"form": "audiosae", "k": k, **record}
     return edits
 
 
 def fit_gates(
-    saes: Sequence[SparseAutoencoder], sample: gate_fit.FrameSample, *, progress: bool = True
+    saes: Mapping[int, SparseAutoencoder | None],
+    sample: gate_fit.FrameSample,
+    *,
+    progress: bool = True,
 ) -> dict[str, Gate]:
-    """Gates of every layer by name: latents_l<layer>_m<size>, raw_l<layer>."""
+    """Gates by name: latents_l<layer>_m<size> and raw_l<layer> of every layer, and of the layer that tells
+    the classes apart best together with up to three others, latents_l<a>+l<b>_m<size> and raw_l<a>+l<b>.
+    """
     gates: dict[str, Gate] = {}
-    for sae in tqdm(saes, desc="fitting gates", unit="layer", disable=not progress):
-        x = sample.x[sae.layer]
-        if sae.activation != "topk":
-            fitted = gate_fit.fit_latent_gates(sae, x, sample.nobody, sample.weight)
-            gates |= {f"latents_l{sae.layer}_m{size}": gate for size, gate in sorted(fitted.items())}
-        gates[f"raw_l{sae.layer}"] = gate_fit.fit_raw_gate(sae.layer, x, sample.nobody, sample.weight)
+    losses: dict[int, float] = {}
+    frames = (sample.x, sample.nobody, sample.weight)
+
+    def add(layers: Sequence[int]) -> None:
+        name = "+".join(f"l{layer}" for layer in layers)
+        chosen = [sae for layer in layers if (sae := saes[layer]) is not None and sae.activation != "topk"]
+        if len(chosen) == len(layers):
+            fitted = gate_fit.fit_latent_gates(chosen, *frames)
+            gates.update({f"latents_{name}_m{size}": gate for size, gate in sorted(fitted.items())})
+        gates[f"raw_{name}"] = gate_fit.fit_raw_gate(layers, *frames)
+        if len(layers) == 1:
+            losses[layers[0]] = gate_fit.frame_loss(gates[f"raw_{name}"], *frames)
+
+    for layer in tqdm(saes, desc="fitting gates", unit="layer", disable=not progress):
+        add((layer,))
+    best = min(losses, key=lambda layer: losses[layer])
+    others = evenly([layer for layer in saes if layer != best], PARTNERS)
+    for other in tqdm(others, desc="fitting gates of two layers", unit="pair", disable=not progress):
+        add(tuple(sorted((best, other))))
     return gates
 
 
-def write_fit(
-    out: Path,
-    model: Whisper,
-    gates: Mapping[str, Gate],
-    edits: Mapping[str, tuple[Edit, dict[str, Any]]],
-    table: WindowTable,
+def _causal_edits(
+    sae: SparseAutoencoder,
+    regression: edit_fit.Regression,
+    clips: edit_fit.PooledClips,
+    effects_of: Callable[[SparseAutoencoder, np.ndarray], CausalEffects],
+    contrast: edit_fit.Contrast,
     record: Mapping[str, Any],
-) -> None:
-    """Write every part as a steering file, the window table, and fit.json last: it makes the folder
-    complete.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    metadata = model_metadata(model)
-    for name, gate in gates.items():
-        part = Steering((), gate, {**metadata, "name": name, "recipe": {"gate": name}})
-        part.save(out / f"gate_{name}.safetensors")
-    for name, (edit, recipe) in edits.items():
-        Steering((edit,), None, {**metadata, "name": name, "recipe": recipe}).save(
-            out / f"edit_{name}.safetensors"
-        )
-    names = list(table.logits)
-    with (out / (WINDOWS + ".tmp")).open("wb") as file:
-        np.savez(file, targets=table.targets, logits=np.stack([table.logits[name] for name in names]))
-    (out / (WINDOWS + ".tmp")).replace(out / WINDOWS)
-    complete = {
-        **record,
-        "gates": names,
-        "edits": {name: recipe for name, (_, recipe) in edits.items()},
-        "clips": [{"id": clip.id, "set": clip.set, "rows": clip.rows} for clip in table.clips],
-    }
-    temporary = out / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(complete) + "\n", encoding="utf-8")
-    temporary.replace(out / RECORD)
+) -> dict[str, tuple[Edit, dict[str, Any]]]:
+    """Edits on latents chosen by what ablating them does, and by that and the regression."""
+    hallucinated = clips.latents[contrast.positive & contrast.used].mean(axis=0)
+    effects = effects_of(sae, candidates(regression.beta, hallucinated))
+    edits: dict[str, tuple[Edit, dict[str, Any]]] = {}
+    for k in CAUSAL_K:
+        try:
+            edit = causal_edit(sae, effects, clips.mean_activation, k)
+        except UsageError as error:
+            logger.warning("%s", error)  # the other edits of the layer remain
+            break
+        edits[f"causal_l{sae.layer}_k{k}"] = edit, {"form": "causal", "k": k, **record}
+        both = both_edit(sae, regression.beta, effects, clips.mean_activation, k)
+        if both is not None:
+            edits[f"both_l{sae.layer}_k{k}"] = both, {"form": "both", "k": k, **record}
+    return edits
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A folder that `write_fit` wrote."""
-
-    gates: Mapping[str, Gate]
-    edits: Mapping[str, Edit]
-    recipes: Mapping[str, Mapping[str, Any]]
-    table: WindowTable
-    record: Mapping[str, Any]
-
-
-def read_fit(
-    folder: Path, model: Whisper, sets: Mapping[str, Sequence[Clip]], labels: Mapping[str, Labels]
+def fit_parts(
+    model: Whisper,
+    saes: Mapping[int, SparseAutoencoder | None],
+    training: Sequence[TrainingClip],
+    sets: Mapping[str, Sequence[Clip]],
+    labels: Mapping[str, Labels],
+    *,
+    seed: int = 0,
+    causal: bool = True,
+    progress: bool = True,
 ) -> Fit:
-    """Read a fit and check that it belongs to this model and these clips.
+    """Gates from the training clips; edits, and what the gates say, from the labelled calibration clips.
 
-    Raises:
-        FormatError, MismatchError, UsageError: incomplete, of another model, or of other clips.
+    saes: the layers to fit on, each with its SAE or None.
+    Raises UsageError where one kind of clip is missing.
     """
-    if not (folder / RECORD).is_file():
-        raise FormatError(f"{folder} holds no finished fit: run python -m calibration.fit --out {folder}")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    gates: dict[str, Gate] = {}
-    edits: dict[str, Edit] = {}
-    for name in record["gates"]:
-        part = Steering.load(folder / f"gate_{name}.safetensors")
-        part.check(model)
-        if part.gate is not None:
-            gates[name] = part.gate
-    for name in record["edits"]:
-        part = Steering.load(folder / f"edit_{name}.safetensors")
-        part.check(model)
-        edits[name] = part.edits[0]
-    known = {(name, clip.id): clip for name, clip in _named(sets)}
-    clips = []
-    for entry in record["clips"]:
-        clip = known.get((entry["set"], entry["id"]))
-        if clip is None or len(labels[clip.id].transcript.windows) != len(entry["rows"]):
-            raise UsageError(f"{folder} was fitted on other clips ({entry['set']} {entry['id']}): fit again")
-        reference = None if clip.kind == "nonspeech" else clip.text or ""
-        transcript = labels[clip.id].transcript
-        clips.append(CalibrationClip(clip.id, entry["set"], reference, transcript, tuple(entry["rows"])))
-    with np.load(folder / WINDOWS, allow_pickle=False) as arrays:
-        logits, targets = arrays["logits"], arrays["targets"]
-    table = WindowTable(tuple(clips), dict(zip(record["gates"], logits, strict=True)), targets)
-    return Fit(gates, edits, record["edits"], table, record)
+    sample = gate_fit.collect_gate_frames(model, training, layers=sorted(saes), seed=seed, progress=progress)
+    gates = fit_gates(saes, sample, progress=progress)
+    table, pooled = measure_windows(model, saes, gates, sets, labels, progress=progress)
+    nonspeech = np.array([not clip.is_speech for clip in table.clips])
+    clip_labels = [labels[clip.id] for clip in table.clips]
+    effects_of = None
+    if causal:
+        sources = {(name, clip.id): clip for name, clip in named(sets)}
+        spoken = [c for c in table.clips if c.is_speech and normalise(c.transcript.text)]
+        others = [c for c in table.clips if not c.is_speech]
+        mels = [
+            first_windows(model, [sources[c.set, c.id] for c in evenly(chosen, _CAUSAL_WINDOWS)])
+            for chosen in (spoken, others)
+            if chosen
+        ]
+        if len(mels) == 2:
+
+            def effects_of(sae: SparseAutoencoder, latents: np.ndarray) -> CausalEffects:
+                return causal_effects(model, sae, latents, mels[0], mels[1], progress=progress)
+
+    edits = fit_edits(saes, pooled, clip_labels, nonspeech, effects_of)
+    spoken_clips = [clip for clip in training if clip.kind != "nonspeech"]
+    clean = [clip for clip in spoken_clips if clip.condition == "clean"] or spoken_clips
+    silence = fit_silence(
+        model,
+        [clip.load() for clip in evenly(clean, _SILENCE_CLIPS)],
+        sorted(saes),
+        seed=seed,
+        progress=progress,
+    )
+    record = {"form": "silence", "clips": min(len(clean), _SILENCE_CLIPS)}
+    edits |= {f"silence_l{layer}": (edit, dict(record)) for layer, edit in silence.items()}
+    return Fit(
+        gates=gates,
+        edits={name: edit for name, (edit, _) in edits.items()},
+        recipes={name: recipe for name, (_, recipe) in edits.items()},
+        table=table,
+        record={
+            "seed": seed,
+            "gate_frames": sample.counts,
+            "saes": [sae.metadata.get("recipe", {}) for sae in saes.values() if sae is not None],
+        },
+        sample=sample,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -326,12 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", dest="data_dir", type=Path, default=None, help="folder of real recordings")
     parser.add_argument("--out", type=Path, default=Path("out/fit"))
-    parser.add_argument("--clips", type=int, default=400, help="synthetic training clips of speech")
+    parser.add_argument("--clips", type=int, default=1600, help="synthetic training clips of speech")
     parser.add_argument(
-        "--real", type=int, default=250, help="real training clips of speech, and of the rest"
+        "--real", type=int, default=700, help="real training clips of speech, and of the rest"
     )
     parser.add_argument("--layers", default="all", help="'all' or 0-based numbers: 0,3")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no-causal", dest="causal", action="store_false", help="choose latents by regression only"
+    )
     parser.add_argument("--quick", action="store_true", help="the small calibration sets")
     args = parser.parse_args(argv)
 
@@ -342,9 +269,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     started = time.monotonic()
     model = load_model(args.model)
-    saes = load_saes(args.saes, model, parse_layers(args.layers))
+    loaded = load_saes(args.saes, model, parse_layers(args.layers))
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
-    labels = label_clips(model, [clip for _, clip in _named(sets)], cache=args.labels)
+    labels = label_clips(model, [clip for _, clip in named(sets)], cache=args.labels)
     training = training_clips(
         args.corpus,
         args.data_dir,
@@ -353,24 +280,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         real=args.real,
         seed=args.seed + 1,
     )
-    sample = gate_fit.collect_gate_frames(model, training, seed=args.seed)
-    gates = fit_gates(saes, sample)
-    table, pooled = measure_windows(model, saes, gates, sets, labels)
-    nonspeech = np.array([not clip.is_speech for clip in table.clips])
-    edits = fit_edits(saes, pooled, [labels[clip.id] for clip in table.clips], nonspeech)
-    record = {
-        "seed": args.seed,
-        "gate_frames": sample.counts,
-        "calibrated_on": describe(sets),
-        "saes": [sae.metadata.get("recipe", {}) for sae in saes],
-    }
-    write_fit(args.out, model, gates, edits, table, record)
-    for name, (_, recipe) in edits.items():
+    saes = {sae.layer: sae for sae in loaded}
+    fitted = fit_parts(model, saes, training, sets, labels, seed=args.seed, causal=args.causal)
+    fitted.record["calibrated_on"] = describe(sets)
+    write_fit(args.out, model, fitted)
+    for name, recipe in fitted.recipes.items():
         if "balanced_accuracy" in recipe:
             print(f"{name:<20} balanced accuracy {recipe['balanced_accuracy']:.3f}, F1 {recipe['f1']:.3f}")
-    reason = next(iter(edits.values()))[1]["contrast_reason"]
-    print(f"contrast: {reason}")
-    print(f"{len(gates)} gates, {len(edits)} edits in {args.out}, {time.monotonic() - started:.0f} s")
+    print(f"contrast: {next(iter(fitted.recipes.values()))['contrast_reason']}")
+    print(
+        f"{len(fitted.gates)} gates, {len(fitted.edits)} edits in {args.out}, "
+        f"{time.monotonic() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Fits gates: probes that say per 20 ms frame how surely nobody speaks.
 
-A logistic regression on frames of training clips. Features are a few latents of one layer's SAE (log1p of
-the code in units of its own mean), chosen by elimination: a fit on many latents, the weaker half of them
-dropped, a new fit, and so on; every size on the way gives a gate. The control is the same regression on the
-layer's standardised raw activations.
+A logistic regression on frames of training clips. Features are a few latents of the SAEs of one or two
+layers (log1p of the code in units of its own mean), chosen by elimination: a fit on many latents, the weaker
+half of them dropped, a new fit, and so on; every size on the way gives a gate. The control is the same
+regression on the layers' standardised raw activations.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from calibration.activations import (
     FRAMES_PER_SECOND,
     MAX_FRAMES,
+    check_layers,
     cut_window,
     encode_windows,
     padded_log_mel,
@@ -44,6 +45,7 @@ MARGIN = 0.25  # seconds around an utterance that belong to neither class (onset
 GATE_SIZES = (128, 64, 32, 16)
 _SCREENED = 256  # latents that enter the elimination, by how differently they behave in the two classes
 _CHUNK = 8192
+_MAX_BYTES = 3 << 30
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class FrameSample:
     """Frames drawn from training clips.
 
     Attributes:
-        x: (layers, frames, d_model) activations.
+        x: by layer, (frames, d_model) activations.
         nobody: (frames,) bool: nobody speaks.
         weight: (frames,) float: both classes weigh the same, and within a class every condition does.
         counts: frames by class and condition, for the record.
     """
 
-    x: Tensor
+    x: Mapping[int, Tensor]
     nobody: np.ndarray
     weight: np.ndarray
     counts: dict[str, int]
@@ -86,20 +88,29 @@ def collect_gate_frames(
     model: Whisper,
     clips: Sequence[TrainingClip],
     *,
+    layers: Sequence[int] | None = None,
     per_clip: int = 48,
     padding_per_clip: int = 8,
     batch: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> FrameSample:
-    """Draw up to `per_clip` frames of every class from each clip's first window, and some of its padding."""
+    """Draw up to `per_clip` frames of every class from each clip's first window, and some of its padding.
+
+    layers: None: all. Fewer frames are drawn where they would need more than 3 GB.
+    Raises UsageError unless both classes are there.
+    """
+    wanted = check_layers(model, layers)
+    room = _MAX_BYTES // (4 * model.dims.n_audio_state * len(wanted) * max(len(clips), 1))
+    per_clip = max(2, min(per_clip, room * 2 // 3))
+    padding_per_clip = max(1, min(padding_per_clip, room // 6))
     rng = np.random.default_rng(seed)
     frames: list[Tensor] = []
     nobody: list[np.ndarray] = []
     groups: list[str] = []
 
     def flush(waiting: list[tuple[TrainingClip, Tensor, int, np.ndarray]]) -> None:
-        encoded = encode_windows(model, torch.stack([mel for _, mel, _, _ in waiting]))
+        encoded = encode_windows(model, torch.stack([mel for _, mel, _, _ in waiting]), wanted).cpu()
         for index, (clip, _, n_true, targets) in enumerate(waiting):
             inside, padding = targets[:n_true], np.arange(n_true, MAX_FRAMES)
             picks = [
@@ -132,7 +143,7 @@ def collect_gate_frames(
             "a gate needs both, give --corpus and --data with speech and non-speech"
         )
     weight, counts = balanced_weights(truth, groups)
-    return FrameSample(torch.cat(frames, dim=1), truth, weight, counts)
+    return FrameSample(dict(zip(wanted, torch.cat(frames, dim=1), strict=True)), truth, weight, counts)
 
 
 def _draw(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -154,20 +165,26 @@ def balanced_weights(nobody: np.ndarray, groups: Sequence[str]) -> tuple[np.ndar
 
 
 def fit_latent_gates(
-    sae: SparseAutoencoder,
-    x: Tensor,
+    saes: Sequence[SparseAutoencoder],
+    x: Mapping[int, Tensor],
     nobody: np.ndarray,
     weight: np.ndarray,
     *,
     sizes: Sequence[int] = GATE_SIZES,
     c: float = 1.0,
 ) -> dict[int, Gate]:
-    """Gates on `sizes` latents of one layer, from activations x (frames, d_model).
+    """Gates on `sizes` latents of one layer's SAE, or of several layers' jointly.
 
+    x: by layer, (frames, d_model). Several layers compete for the same number of
+    latents; one that keeps none drops out of the gate.
     Smoothing, threshold and frame scale are neutral; see `calibration.selection` for their choice.
     Latents that never fire in the sample are left out; sizes above what remains give no gate.
     """
-    features, unit, kept = latent_features(sae, x, nobody, weight)
+    screened = _SCREENED // len(saes)
+    parts = [latent_features(sae, x[sae.layer], nobody, weight, screened=screened) for sae in saes]
+    features = np.concatenate([part[0] for part in parts], axis=1)
+    unit, kept = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+    owner = np.concatenate([np.full(len(part[2]), number) for number, part in enumerate(parts)])
     gates: dict[int, Gate] = {}
     for size in sorted(set(sizes), reverse=True):
         if size > features.shape[1]:
@@ -179,29 +196,82 @@ def fit_latent_gates(
             keep_count = max(size, features.shape[1] // 2)
             influence = np.abs(coefficients) * features.std(axis=0)
             keep = np.sort(np.argsort(-influence, kind="stable")[:keep_count])
-            features, unit, kept = features[:, keep], unit[keep], kept[keep]
+            features, unit, kept, owner = features[:, keep], unit[keep], kept[keep], owner[keep]
         coefficients, intercept = _logistic(features, nobody, weight, c)
-        rows = torch.from_numpy(kept)
-        probe = Probe(
-            sae.layer,
-            "latents",
-            torch.from_numpy(coefficients),
-            sae.W_enc.detach()[rows],
-            sae.b_enc.detach()[rows],
-            sae.theta[rows],
-            torch.from_numpy(unit),
-            indices=rows,
+        probes = tuple(
+            _latent_probe(sae, kept[owner == number], unit[owner == number], coefficients[owner == number])
+            for number, sae in enumerate(saes)
+            if (owner == number).any()
         )
-        gates[size] = neutral_gate((probe,), intercept)
+        gates[size] = neutral_gate(probes, intercept)
     return gates
 
 
-def fit_raw_gate(layer: int, x: Tensor, nobody: np.ndarray, weight: np.ndarray, *, c: float = 0.1) -> Gate:
-    """The control: the same regression on the layer's standardised activations x (frames, d_model)."""
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
-    coefficients, intercept = _logistic(((x - mean) / std).numpy(), nobody, weight, c)
-    probe = Probe(layer, "raw", torch.from_numpy(coefficients), mean=mean, std=std)
-    return neutral_gate((probe,), intercept)
+def _latent_probe(
+    sae: SparseAutoencoder, kept: np.ndarray, unit: np.ndarray, coefficients: np.ndarray
+) -> Probe:
+    rows = torch.from_numpy(kept)
+    return Probe(
+        sae.layer,
+        "latents",
+        torch.from_numpy(coefficients),
+        sae.W_enc.detach()[rows],
+        sae.b_enc.detach()[rows],
+        sae.theta[rows],
+        torch.from_numpy(unit),
+        indices=rows,
+    )
+
+
+def fit_raw_gate(
+    layers: Sequence[int],
+    x: Mapping[int, Tensor],
+    nobody: np.ndarray,
+    weight: np.ndarray,
+    *,
+    c: float = 0.1,
+) -> Gate:
+    """The control: the same regression on the standardised activations of one layer, or of several jointly.
+
+    x: by layer, (frames, d_model).
+    """
+    means = [x[layer].mean(dim=0) for layer in layers]
+    stds = [x[layer].std(dim=0).clamp_min(1e-6) for layer in layers]
+    features = [(x[layer] - mean) / std for layer, mean, std in zip(layers, means, stds, strict=True)]
+    coefficients, intercept = _logistic(torch.cat(features, dim=1).numpy(), nobody, weight, c)
+    shares = np.split(coefficients, len(layers))
+    probes = tuple(
+        Probe(layer, "raw", torch.from_numpy(share.copy()), mean=mean, std=std)
+        for layer, share, mean, std in zip(layers, shares, means, stds, strict=True)
+    )
+    return neutral_gate(probes, intercept)
+
+
+@torch.no_grad()
+def refit_gate(gate: Gate, x: Mapping[int, Tensor], nobody: np.ndarray, weight: np.ndarray) -> Gate:
+    """The same features with coefficients fitted anew on x, by layer (frames, d_model); all else stays."""
+    parts = [
+        torch.cat([probe.features(rows) for rows in x[probe.layer].split(_CHUNK)]) for probe in gate.probes
+    ]
+    c = 0.1 if gate.kind == "raw" else 1.0
+    coefficients, intercept = _logistic(torch.cat(parts, dim=1).numpy(), nobody, weight, c)
+    shares = np.split(coefficients, np.cumsum([part.shape[1] for part in parts])[:-1])
+    probes = tuple(
+        replace(probe, coef=torch.from_numpy(share.copy()))
+        for probe, share in zip(gate.probes, shares, strict=True)
+    )
+    return replace(gate, probes=probes, intercept=intercept)
+
+
+@torch.no_grad()
+def frame_loss(gate: Gate, x: Mapping[int, Tensor], nobody: np.ndarray, weight: np.ndarray) -> float:
+    """Weighted mean cross-entropy (nats) of the gate's unsmoothed logits on frames x, by layer
+    (frames, d_model)."""
+    logits = gate.intercept + sum(probe.logits(x[probe.layer]) for probe in gate.probes)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.as_tensor(logits), torch.from_numpy(nobody.astype(np.float32)), reduction="none"
+    )
+    return float((losses.double() * torch.from_numpy(weight)).sum() / weight.sum())
 
 
 def neutral_gate(probes: tuple[Probe, ...], intercept: float) -> Gate:

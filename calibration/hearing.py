@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from tqdm import tqdm
 from calibration.activations import cut_window, padded_log_mel
 from calibration.decoding import ClipTranscript, iterate_transcripts
 from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics, word_errors
-from calibration.fit import Fit
+from calibration.fit_files import Fit
+from calibration.hallucinations import label_clips
+from calibration.joined import join_clips
 from calibration.selection import Budget, CalibrationClip
 from whisper_steer.attach import steer
 from whisper_steer.errors import UsageError
@@ -37,15 +40,26 @@ class Effort:
         finalists: edits that are heard through `whisper.transcribe`.
         heard: speech clips on which a finalist's WER is measured.
         measured: clips, of all sets, on which what is written is measured; 0: all.
+        joined: recordings of speech and other sounds in turn, on which edits are compared.
+        frontier: clips on which the points of the frontier beside alpha 1 are measured.
     """
 
     screened: int = 24
-    finalists: int = 3
+    finalists: int = 4
     heard: int = 240
     measured: int = 0
+    joined: int = 60
+    frontier: int = 400
 
     def __post_init__(self) -> None:
-        for name, least in (("screened", 1), ("finalists", 0), ("heard", 1), ("measured", 0)):
+        for name, least in (
+            ("screened", 1),
+            ("finalists", 0),
+            ("heard", 1),
+            ("measured", 0),
+            ("joined", 0),
+            ("frontier", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}: expected at least {least}")
 
@@ -59,15 +73,18 @@ class Heard:
         wer, wer_plain: over all speech clips, with the steering and without.
         rise: of the WER, absolute: over all speech clips or over the sets that plain Whisper understands,
             whichever is larger. Where it writes mostly wrong words, losing some of them looks like a gain.
+        rise_hi: upper end of its 95 % bootstrap interval (clips drawn with replacement).
     """
 
     transcripts: Mapping[tuple[str, str], ClipTranscript]
     wer: float
     wer_plain: float
     rise: float
+    rise_hi: float
 
 
 UNDERSTOOD = 0.5  # plain WER up to which a set counts as understood
+_DRAWS = 2000
 
 
 def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscript]) -> Heard:
@@ -78,29 +95,87 @@ def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscri
         plain = word_errors(clip.reference or "", clip.transcript.text)
         if after is not None and plain is not None:
             counts.setdefault(clip.set, []).append((after.words, after.total, plain.total))
-    sums = {name: np.sum(rows, axis=0) for name, rows in counts.items()}
-
-    def rates(chosen: Sequence[np.ndarray]) -> tuple[float, float]:
-        words, errors, plain_errors = np.sum(chosen, axis=0) if chosen else (1, 0, 0)
-        return float(errors / words), float(plain_errors / words)
-
-    wer, wer_plain = rates(list(sums.values()))
-    understood = rates([row for row in sums.values() if row[2] <= UNDERSTOOD * row[0]])
+    tables = [np.array(rows, dtype=float) for rows in counts.values()]
+    understood = [rows for rows in tables if rows[:, 2].sum() <= UNDERSTOOD * rows[:, 0].sum()]
     heard = {(clip.set, clip.id): t for clip, t in zip(clips, transcripts, strict=True)}
-    return Heard(heard, wer, wer_plain, max(wer - wer_plain, understood[0] - understood[1]))
+    if not tables:
+        return Heard(heard, 0.0, 0.0, 0.0, 0.0)
+    words, errors, plain_errors = np.concatenate(tables).sum(axis=0)
+    rises = [_rise(np.concatenate(rows)) for rows in (tables, understood) if rows]
+    return Heard(
+        heard,
+        float(errors / words),
+        float(plain_errors / words),
+        max(rise for rise, _ in rises),
+        max(high for _, high in rises),
+    )
+
+
+def _rise(rows: np.ndarray) -> tuple[float, float]:
+    """Rise of the WER from rows of (words, errors, plain errors), and the upper end of its interval."""
+    words, change = rows[:, 0], rows[:, 1] - rows[:, 2]
+    rise = float(change.sum() / words.sum())
+    if not change.any():
+        return rise, rise
+    draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_DRAWS)
+    return rise, float(np.quantile((draws @ change) / np.maximum(draws @ words, 1), 0.975))
+
+
+def first_windows(model: Whisper, clips: Sequence[Clip]) -> Tensor:
+    """Mels (clips, n_mels, 3000) of the clips' first windows."""
+    mels = [cut_window(*padded_log_mel(clip.load(), model.dims.n_mels), 0) for clip in clips]
+    return torch.stack(mels)
 
 
 class Calibration:
     """The model, the calibration clips and the fitted parts; what every stage below needs."""
 
     def __init__(
-        self, model: Whisper, sets: Mapping[str, Sequence[Clip]], fit: Fit, budget: Budget, effort: Effort
+        self,
+        model: Whisper,
+        sets: Mapping[str, Sequence[Clip]],
+        fit: Fit,
+        budget: Budget,
+        effort: Effort,
+        joined: Sequence[CalibrationClip] = (),
+        joined_sources: Sequence[Clip] = (),
     ):
+        """joined: recordings of speech and other sounds in turn (calibration.joined) with what plain
+        Whisper makes of them, in the order of `joined_sources`."""
         self.model, self.fit, self.budget, self.effort = model, fit, budget, effort
         self.sources = {(name, clip.id): clip for name, clips in sets.items() for clip in clips}
+        self.joined = list(joined)
+        self.sources |= {
+            (clip.set, clip.id): source for clip, source in zip(joined, joined_sources, strict=True)
+        }
         self.clips = fit.table.clips
         self.speech = [clip for clip in self.clips if clip.is_speech]
         self.nonspeech = [clip for clip in self.clips if not clip.is_speech]
+
+    @classmethod
+    def of(
+        cls,
+        model: Whisper,
+        sets: Mapping[str, Sequence[Clip]],
+        fit: Fit,
+        budget: Budget,
+        effort: Effort,
+        *,
+        cache: Path | None = None,
+        seed: int = 3,
+        progress: bool = True,
+    ) -> Calibration:
+        """With joined recordings of the sets' clips, labelled as plain Whisper hears them.
+
+        cache: file of `label_clips`.
+        """
+        sources = join_clips(sets, count=effort.joined, seed=seed)
+        labels = label_clips(model, sources, cache=cache, progress=progress)
+        joined = [
+            CalibrationClip(clip.id, clip.category, clip.text or "", labels[clip.id].transcript, ())
+            for clip in sources
+        ]
+        return cls(model, sets, fit, budget, effort, joined, sources)
 
     def hear(
         self,
@@ -123,11 +198,7 @@ class Calibration:
 
     def first_windows(self, clips: Sequence[CalibrationClip]) -> Tensor:
         """Mels (clips, n_mels, 3000) of the clips' first windows."""
-        mels = []
-        for clip in clips:
-            mel, content = padded_log_mel(self.sources[clip.set, clip.id].load(), self.model.dims.n_mels)
-            mels.append(cut_window(mel, content, 0))
-        return torch.stack(mels)
+        return first_windows(self.model, [self.sources[clip.set, clip.id] for clip in clips])
 
     def rates(self, heard: Heard) -> dict[str, Any]:
         """Every set's measures with intervals, plain ones beside them, and the share of speech clips left

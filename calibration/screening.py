@@ -2,10 +2,11 @@
 from them.
 
 Cost on speech: how much less likely the plain transcript's tokens become (teacher forcing, one decoder pass).
-Effect on non-speech: greedy decoding of the edited windows, judged by the three definitions.
-Strengths are searched on a log scale, in units of the activations: `size` is the edit's mean length over
-    the mean
-length of what it edits.
+Effect on non-speech: greedy decoding of the edited windows, judged by the three definitions; and on windows
+in which speech and other sounds take turns: their word errors, what is invented in the gaps among them.
+Strengths are searched on a log scale, in units of the activations: `size` is the edit's mean length over the
+mean length of what it edits; several edits together have the same size each. Replacing frames by silence
+(MeanAblation) has no size, it is done or not.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from whisper.tokenizer import get_tokenizer
 
-from calibration.activations import encode_windows, finish_encoder
+from calibration.activations import encode_windows
 from calibration.decoding import greedy_decode
-from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule, normalise
+from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule, normalise, word_errors
 from whisper_steer.steering import Edit, Gate, LatentEdit, MeanAblation, Steering
 
 if TYPE_CHECKING:
+    from whisper.decoding import DecodingResult
     from whisper.model import Whisper
 
 SIZE_RANGE = (0.003, 4.0)
@@ -37,26 +39,29 @@ _BISECTIONS = 5
 
 @dataclass(frozen=True)
 class Effect:
-    """An edit's effect on non-speech windows, as shares of them: text = words left after the skip rule."""
+    """Effect on non-speech windows, as shares of them: text = words left after the skip rule; and the word
+    error rate on the windows with gaps (0 where there are none)."""
 
     text: float
     nsp: float
     hr: float
     no_speech_prob: float
     avg_logprob: float
+    gap_wer: float = 0.0
 
     @property
     def score(self) -> tuple[float, float, float, float]:
         """Smaller is better; the means break ties between shares."""
-        return (self.text, self.hr, self.nsp, self.avg_logprob - self.no_speech_prob)
+        return (self.text + self.gap_wer, self.hr, self.nsp, self.avg_logprob - self.no_speech_prob)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An edit at the strength that the screening found best."""
+    """Edits at the strength that the screening found best; several act together, at different layers or in
+    order at one."""
 
     name: str
-    edit: Edit
+    edits: tuple[Edit, ...]
     size: float
     cost: float
     effect: Effect
@@ -77,16 +82,22 @@ class Windows:
         """Edits are scaled by this gate from now on, as they are on a steered model."""
         self.gate = None if gate is None else gate.frame_gate(gate.frame_logits(dict(enumerate(self.layers))))
 
-    def edited(self, edit: Edit | None) -> Tensor:
-        """Encoder output (windows, 1500, d_model) with the edit at alpha 1."""
+    def edited(self, edits: Sequence[Edit]) -> Tensor:
+        """Encoder output (windows, 1500, d_model) with the edits at alpha 1; every block sees what the edits
+        before it have made."""
+        steering = Steering(tuple(edits)) if edits else None
+        last = self.layers.shape[0] - 1
+        first = min((edit.layer for edit in edits), default=last)
         outputs = []
         for start in range(0, self.layers.shape[1], self.batch):
-            layer = self.layers.shape[0] - 1 if edit is None else edit.layer
-            x = self.layers[layer, start : start + self.batch]
-            if edit is not None:
-                g = None if self.gate is None else self.gate[start : start + self.batch]
-                x = Steering((edit,)).edit(x, layer, 1.0, g)
-            outputs.append(finish_encoder(self.model, x, layer))
+            x = self.layers[first, start : start + self.batch]
+            g = None if self.gate is None else self.gate[start : start + self.batch]
+            for layer in range(first, last + 1):
+                if layer > first:
+                    x = self.model.encoder.blocks[layer](x)
+                if steering is not None:
+                    x = steering.edit(x, layer, 1.0, g)
+            outputs.append(self.model.encoder.ln_post(x))
         return torch.cat(outputs)
 
 
@@ -106,18 +117,30 @@ class Screen:
     Args:
         speech, nonspeech: mels (windows, n_mels, 3000).
         gate: scales the edits per frame; None: the papers' way, everywhere.
+        joined: mels of windows with speech and gaps, and what is said in each.
     """
 
-    def __init__(self, model: Whisper, speech: Tensor, nonspeech: Tensor, gate: Gate | None):
+    def __init__(
+        self,
+        model: Whisper,
+        speech: Tensor,
+        nonspeech: Tensor,
+        gate: Gate | None,
+        joined: tuple[Tensor, Sequence[str]] | None = None,
+    ):
         self.model = model
         self.speech, self.nonspeech = Windows(model, speech), Windows(model, nonspeech)
+        self.joined = None if joined is None else Windows(model, joined[0])
+        self._said = () if joined is None else tuple(joined[1])
         self._tokens = self._plain_tokens(speech)
-        self._plain_loss = self._loss(self.speech.edited(None))
+        with torch.no_grad():
+            self._plain_loss = self._loss(self.speech.edited(()))
         self.use_gate(gate)
 
     def use_gate(self, gate: Gate | None) -> None:
-        self.speech.set_gate(gate)
-        self.nonspeech.set_gate(gate)
+        for windows in (self.speech, self.nonspeech, self.joined):
+            if windows is not None:
+                windows.set_gate(gate)
 
     def _plain_tokens(self, mels: Tensor) -> Tensor:
         """(windows, length): what plain greedy decoding writes, from start to end of text, padded with -1."""
@@ -150,54 +173,70 @@ class Screen:
             total, count = total + float(losses), count + int((targets >= 0).sum())
         return total / max(count, 1)
 
-    def cost(self, edit: Edit) -> float:
+    def cost(self, edits: Sequence[Edit]) -> float:
         """Rise of the loss on speech, nats per token."""
         with torch.no_grad():
-            return self._loss(self.speech.edited(edit)) - self._plain_loss
+            return self._loss(self.speech.edited(edits)) - self._plain_loss
 
-    def effect(self, edit: Edit | None) -> Effect:
-        """Greedy decoding of the non-speech windows with the edit."""
-        with torch.no_grad():
-            features = self.nonspeech.edited(edit)
-        results = []
-        for start in range(0, len(features), self.nonspeech.batch):
-            results += greedy_decode(self.model, features[start : start + self.nonspeech.batch])
+    def effect(self, edits: Sequence[Edit]) -> Effect:
+        """Greedy decoding of the non-speech windows, and of those with gaps, with the edits."""
+        results = self._heard(self.nonspeech, edits)
         kept = [escapes_skip_rule(r.no_speech_prob, r.avg_logprob) for r in results]
+        gap_wer = 0.0
+        if self.joined is not None:
+            texts = [
+                r.text if escapes_skip_rule(r.no_speech_prob, r.avg_logprob) else ""
+                for r in self._heard(self.joined, edits)
+            ]
+            counted = [word_errors(said, text) for said, text in zip(self._said, texts, strict=True)]
+            words = sum(one.words for one in counted if one is not None)
+            gap_wer = sum(one.total for one in counted if one is not None) / max(words, 1)
         return Effect(
             text=float(np.mean([k and bool(normalise(r.text)) for k, r in zip(kept, results, strict=True)])),
             nsp=float(np.mean([counts_as_speech_nsp(r.no_speech_prob) for r in results])),
             hr=float(np.mean(kept)),
             no_speech_prob=float(np.mean([r.no_speech_prob for r in results])),
             avg_logprob=float(np.mean([r.avg_logprob for r in results])),
+            gap_wer=gap_wer,
         )
+
+    def _heard(self, windows: Windows, edits: Sequence[Edit]) -> list[DecodingResult]:
+        with torch.no_grad():
+            features = windows.edited(edits)
+        results: list[DecodingResult] = []
+        for start in range(0, len(features), windows.batch):
+            results += greedy_decode(self.model, features[start : start + windows.batch])
+        return results
 
     def unit(self, edit: Edit) -> float:
         """Strength at which the edit is as long as what it edits."""
         return 1.0 / nominal_length(edit, self.nonspeech.layers[edit.layer])
 
-    def strongest(self, edit: Edit, *, max_cost: float = MAX_COST) -> tuple[float, float]:
+    def sized(self, edits: Sequence[Edit], size: float) -> tuple[Edit, ...]:
+        """The edits, each of that size; silence stays as it is."""
+        return tuple(
+            edit if isinstance(edit, MeanAblation) else replace(edit, strength=size * self.unit(edit))
+            for edit in edits
+        )
+
+    def strongest(self, edits: Sequence[Edit], *, max_cost: float = MAX_COST) -> tuple[float, float]:
         """(size, cost): the largest size within the cost, by bisection on a log scale; (0, cost of the
         smallest) if even the smallest costs more.
 
         The cost of an edit that replaces the activation by a reconstruction counts from the reconstruction
         alone: no strength makes that cheaper.
         """
-        unit = self.unit(edit)
-        if isinstance(edit, LatentEdit) and edit.reconstruct:
-            max_cost += max(0.0, self.cost(replace(edit, strength=0.0)))
-
-        def cost_at(size: float) -> float:
-            return self.cost(replace(edit, strength=size * unit))
-
+        if any(isinstance(edit, LatentEdit) and edit.reconstruct for edit in edits):
+            max_cost += max(0.0, self.cost(tuple(replace(edit, strength=0.0) for edit in edits)))
         low, high = SIZE_RANGE
-        cost_low, cost_high = cost_at(low), cost_at(high)
+        cost_low, cost_high = self.cost(self.sized(edits, low)), self.cost(self.sized(edits, high))
         if cost_low > max_cost:
             return 0.0, cost_low
         if cost_high <= max_cost:
             return high, cost_high
         for _ in range(_BISECTIONS):
             middle = float(np.sqrt(low * high))
-            cost = cost_at(middle)
+            cost = self.cost(self.sized(edits, middle))
             if cost <= max_cost:
                 low, cost_low = middle, cost
             else:
@@ -207,19 +246,20 @@ class Screen:
     def screen(
         self,
         name: str,
-        edit: Edit,
+        edits: Sequence[Edit],
         *,
         max_cost: float = MAX_COST,
         fractions: Sequence[float] = (1.0, 0.25, 0.06),
     ) -> Candidate:
-        """The edit at the best of a few fractions of its strongest size: more is not always better."""
-        size, cost = self.strongest(edit, max_cost=max_cost)
+        """The edits at the best of a few fractions of their strongest size: more is not always better."""
+        if all(isinstance(edit, MeanAblation) for edit in edits):
+            return Candidate(name, tuple(edits), 1.0, self.cost(edits), self.effect(edits))
+        size, cost = self.strongest(edits, max_cost=max_cost)
         if size == 0.0:
             size = SIZE_RANGE[0]
             fractions = (1.0,)
-        unit = self.unit(edit)
         tried = []
         for fraction in fractions:
-            strong = replace(edit, strength=size * fraction * unit)
+            strong = self.sized(edits, size * fraction)
             tried.append(Candidate(name, strong, size * fraction, cost, self.effect(strong)))
         return min(tried, key=lambda candidate: candidate.effect.score)

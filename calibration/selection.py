@@ -7,7 +7,7 @@ transcript, so the WER, the three rates and the share of speech that is lost fol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -17,13 +17,16 @@ from torch.nn import functional as F
 
 from calibration.decoding import ClipTranscript, withhold
 from calibration.evaluate import WordErrors, normalise, word_errors
-from calibration.gate_fit import NOBODY, SPEECH
+from calibration.gate_fit import SPEECH
 from whisper_steer.errors import UsageError
 from whisper_steer.gate import MIN_FRAME_GATE, Gate
 
 SMOOTHINGS = (9, 15, 21, 31)
+SHUT = 0.999  # share of speech frames on which no edit may act
+MIN_RUN = 25  # frames (0.5 s): shorter pauses between words stay as they are
 # gates are compared at several budgets at once: one more or one less lost clip must not decide
 _BUDGET_FACTORS = (0.5, 1.0, 2.0, 4.0)
+_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,21 @@ class Budget:
     """What may be lost on calibration speech.
 
     Attributes:
-        wer_rise: of the WER over all speech clips, absolute (0.002 = 0.2 percentage points).
+        wer_rise: of the WER over all speech clips, absolute (0.001 = 0.1 percentage points), held against
+            the upper end of the rise's 95 % bootstrap interval.
         share: of all speech clips that lose words to withholding.
         set_share: the same within any one set.
     """
 
-    wer_rise: float = 0.002
-    share: float = 0.005
+    wer_rise: float = 0.001
+    share: float = 0.002
     set_share: float = 0.02
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not 0 <= value <= 1:
                 raise UsageError(
-                    f"{name} is {value}: expected a fraction between 0 and 1 (0.002 = 0.2 points)"
+                    f"{name} is {value}: expected a fraction between 0 and 1 (0.001 = 0.1 points)"
                 )
 
     def times(self, factor: float) -> Budget:
@@ -174,41 +178,55 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
     """
     speech = [clip for clip in clips if clip.is_speech]
     sizes: dict[str, int] = {}
-    words = 0
-    for clip in speech:
+    words = np.zeros(len(speech))
+    by_logit: dict[float, list[int]] = {}
+    for number, clip in enumerate(speech):
         sizes[clip.set] = sizes.get(clip.set, 0) + 1
         plain = _errors(clip.reference or "", clip.transcript.text)
-        words += plain.words if plain is not None else 0
-    by_logit: dict[float, list[CalibrationClip]] = {}
-    for clip in speech:
+        words[number] = plain.words if plain is not None else 0
         for row in clip.rows:
-            by_logit.setdefault(float(window_logits[row]), []).append(clip)
-    rise: dict[str, int] = {}  # by clip: words more in error than plainly
-    lost: dict[str, str] = {}  # clip -> its set
+            by_logit.setdefault(float(window_logits[row]), []).append(number)
+    upper_end = _upper_end(words)
+    rise = np.zeros(len(speech))  # words more in error than plainly
+    lost: dict[int, str] = {}  # clip -> its set
     floor = min(by_logit, default=0.0) - 1.0
     for value in sorted(by_logit, reverse=True):
-        for clip in by_logit[value]:
+        for number in by_logit[value]:
+            clip = speech[number]
             after = _after(clip, window_logits, np.nextafter(value, -np.inf))
             before_errors = _errors(clip.reference or "", clip.transcript.text)
             after_errors = _errors(clip.reference or "", after.text)
             if before_errors is not None and after_errors is not None:
-                rise[clip.id] = after_errors.total - before_errors.total
+                # a fall elsewhere must not pay for words that are lost here, so falls do not count
+                rise[number] = max(after_errors.total - before_errors.total, 0)
             if _is_lost(clip, after):
-                lost[clip.id] = clip.set
+                lost[number] = clip.set
             else:
-                lost.pop(clip.id, None)
-        # a fall elsewhere must not pay for words that are lost here, so falls do not count
-        within = sum(max(value, 0) for value in rise.values()) <= budget.wer_rise * max(words, 1)
-        within &= len(lost) <= budget.share * len(speech)
+                lost.pop(number, None)
+        within = len(lost) <= budget.share * len(speech)
         within &= all(
             list(lost.values()).count(name) <= budget.set_share * size for name, size in sizes.items()
         )
-        if not within:
+        if not within or upper_end(rise) > budget.wer_rise:
             floor = value
             break
     others = [window_logits[row] for clip in clips if not clip.is_speech for row in clip.rows]
     above = [value for value in others if value > floor]
     return float((floor + min(above)) / 2) if above else float(floor)
+
+
+def _upper_end(words: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Of the 95 % bootstrap interval of sum(rise) / sum(words), as a function of rise; both (clips,)."""
+    count = len(words)
+    shares = np.full(count, 1 / max(count, 1))
+    draws = np.random.default_rng(0).multinomial(count, shares, size=_DRAWS) if count else np.zeros((1, 0))
+    drawn_words = np.maximum(draws @ words, 1)
+
+    def upper_end(rise: np.ndarray) -> float:
+        (hit,) = np.nonzero(rise)
+        return float(np.quantile((draws[:, hit] @ rise[hit]) / drawn_words, 0.975)) if len(hit) else 0.0
+
+    return upper_end
 
 
 def choose_gate(
@@ -267,6 +285,14 @@ def choose_gate(
     return GateChoice(name, gate, result, tuple(table))
 
 
+def mean_text_fpr(
+    table: Sequence[Mapping[str, float | str | int]], name: str, refitted: bool = False
+) -> float:
+    """Lowest text-FPR over budgets of a gate's smoothings in a choice's table."""
+    rows = [row for row in table if row["gate"] == name and bool(row.get("refitted", 0)) == refitted]
+    return min(float(row["text_fpr_mean_over_budgets"]) for row in rows)
+
+
 def with_spread(gate: Gate, logits: np.ndarray, clips: Sequence[CalibrationClip]) -> Gate:
     """Set how the threshold rises towards small alphas: at alpha 0.25 about a quarter of the non-speech
     windows that are withheld at alpha 1 still are.
@@ -285,19 +311,19 @@ def with_spread(gate: Gate, logits: np.ndarray, clips: Sequence[CalibrationClip]
     return replace(gate, spread=max(0.1, float(np.quantile(withheld, 0.75) - gate.threshold) / 3))
 
 
-def with_frame_gate(gate: Gate, logits: np.ndarray, targets: np.ndarray) -> Gate:
-    """Set slope and centre of the per-frame gate: shut (below 0.01, so exactly 0) on 99 % of speech frames,
-    0.9 at the median of non-speech frames.
+def with_frame_gate(
+    gate: Gate, logits: np.ndarray, targets: np.ndarray, *, shut: float = SHUT, min_run: int = MIN_RUN
+) -> Gate:
+    """Set slope, centre and shortest run of the per-frame gate: shut (below 0.01, so exactly 0) on the share
+    `shut` of speech frames, 0.9 one logit above that.
 
-    logits: (rows, frames) unsmoothed; targets: (rows, frames) SPEECH, NOBODY or UNCLEAR.
+    logits: (rows, frames) unsmoothed; targets: (rows, frames) SPEECH, NOBODY or UNCLEAR. min_run: frames.
     """
-    values = smoothed(logits, gate.smooth)
-    speech, nobody = values[targets == SPEECH], values[targets == NOBODY]
-    if not len(speech) or not len(nobody):
+    speech = smoothed(logits, gate.smooth)[targets == SPEECH]
+    if not len(speech):
         return gate
-    shut, open_ = float(np.quantile(speech, 0.99)), float(np.median(nobody))
     shut_logit = float(np.log(MIN_FRAME_GATE / (1 - MIN_FRAME_GATE)))
-    open_logit = float(np.log(0.9 / 0.1))
-    # where the classes overlap the slope stays finite: a step of at least 0.5 logits between shut and open
-    scale = (open_logit - shut_logit) / max(open_ - shut, 0.5)
-    return replace(gate, frame_scale=scale, frame_bias=shut - shut_logit / scale)
+    scale = float(np.log(0.9 / 0.1)) - shut_logit
+    # a logit of 0 says that either is as likely: the gate is never open below
+    centre = max(float(np.quantile(speech, shut)), 0.0) - shut_logit / scale
+    return replace(gate, frame_scale=scale, frame_bias=centre, min_run=min_run)

@@ -5,11 +5,12 @@ files.
     ../shared/data \\
         --out sae_weights/mini.en
 
-alpha = 1 is the strongest setting whose WER on calibration speech rises by at most 0.2 percentage points.
-First the gate and its threshold, from cached logits and transcripts; then every edit is screened on a few
-windows (how strong may it be, what does it do); the best few are heard through the real
-`whisper.transcribe`. Written: steering.safetensors, and AudioSAE's recipe by its own budget as
-steering-audiosae.safetensors, each with what was measured.
+alpha = 1 is the strongest setting whose WER on calibration speech rises by at most 0.1 percentage points, by
+the upper end of a bootstrap interval. First the gate and its threshold, from cached logits and transcripts,
+fitted again with the calibration clips; then every edit, and the best of several layers together, is screened
+on a few windows (how strong may it be, what does it do, in gaps between speech too); the best few are heard
+through the real `whisper.transcribe`. Written: steering.safetensors with its frontier and profiles, and
+AudioSAE's recipe by its own budget as steering-audiosae.safetensors, each with what was measured.
 """
 
 from __future__ import annotations
@@ -17,42 +18,76 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from calibration.command import run
+from calibration.edit_candidates import (
+    candidate_record,
+    dearest,
+    fit_to_budget,
+    screen_edits,
+    weakened,
+)
 from calibration.evaluate import evenly, normalise
-from calibration.fit import read_fit
+from calibration.fit_files import read_fit
+from calibration.frontier import measure_frontier, profiles
+from calibration.gated_hearing import GatedHearing
 from calibration.hallucinations import label_clips, print_table
 from calibration.hearing import Calibration, Effort, Heard
-from calibration.screening import MAX_COST, Candidate, Screen
+from calibration.refit import refit
+from calibration.screening import Candidate
 from calibration.selection import (
+    MIN_RUN,
+    SHUT,
     Budget,
     CalibrationClip,
     GateChoice,
     choose_gate,
-    smoothed,
+    mean_text_fpr,
     with_frame_gate,
     with_spread,
 )
 from whisper_steer.errors import UsageError
 from whisper_steer.fileformat import model_metadata
-from whisper_steer.steering import Gate, LatentEdit, Steering
+from whisper_steer.steering import Steering
 
 logger = logging.getLogger("whisper_steer")
 
 GATE_KINDS = ("latents", "raw", "any")
-_HALVINGS = 3
+# frame gates to try for an edit that costs too much, each more careful than the one before
+CAUTION = ((SHUT, MIN_RUN), (0.9999, 2 * MIN_RUN), (1.0, 4 * MIN_RUN))
 
 
-def find_gate(calibration: Calibration, kind: str) -> GateChoice:
-    """The gate, its smoothing, threshold, spread and frame scale.
+@dataclass(frozen=True)
+class Chosen:
+    """What the sweep chose, and what it heard with it on the calibration clips.
+
+    Attributes:
+        steering: edits and gate. hearing: how clips are heard under that gate; None without one.
+        clips, heard: the clips that the result was measured on, and what became of them.
+        record: what was tried.
+    """
+
+    steering: Steering
+    hearing: GatedHearing | None
+    clips: Sequence[CalibrationClip]
+    heard: Heard
+    record: dict[str, Any]
+
+
+def find_gate(
+    calibration: Calibration, kind: str, *, refitted: bool = True, progress: bool = True
+) -> tuple[GateChoice, np.ndarray]:
+    """The gate, its smoothing, threshold, spread and frame scale; and the logits (rows, 1500) behind them.
 
     kind: which may win: "latents", "raw" or "any"; the others are measured as controls.
+    refitted: fit the winner again with the calibration clips; kept unless it does worse on clips that it was
+        fitted without.
     """
     fit = calibration.fit
     eligible = [name for name, gate in fit.gates.items() if kind in (gate.kind, "any")]
@@ -62,63 +97,27 @@ def find_gate(calibration: Calibration, kind: str) -> GateChoice:
         fit.gates, fit.table.logits, calibration.clips, calibration.budget, eligible=eligible
     )
     logits = fit.table.logits[choice.name]
+    if refitted:
+        again, out_of_fold = refit(
+            calibration.model,
+            choice,
+            fit.sample,
+            calibration.clips,
+            calibration.sources,
+            len(logits),
+            calibration.budget,
+            seed=int(fit.record["seed"]),
+            progress=progress,
+        )
+        before, after = (
+            mean_text_fpr(choice.table, choice.name),
+            mean_text_fpr(again.table, choice.name, True),
+        )
+        logger.info("refitted: text-FPR over budgets %.4f -> %.4f", before, after)
+        if after <= before:
+            choice, logits = again, out_of_fold
     gate = with_spread(choice.gate, logits, calibration.clips)
-    return replace(choice, gate=with_frame_gate(gate, logits, fit.table.targets))
-
-
-def screen_edits(
-    calibration: Calibration, choice: GateChoice | None, names: Sequence[str], *, progress: bool = True
-) -> list[Candidate]:
-    """Candidates, best first. choice: the gate that scales the edits; None: ungated.
-
-    Non-speech windows that the gate withholds anyway are used only to fill up.
-    """
-    open_clips, closed_clips = list(calibration.nonspeech), []
-    if choice is not None:
-        logits = calibration.fit.table.logits[choice.name]
-        values = smoothed(logits, choice.gate.smooth).min(axis=1)
-        open_clips = [c for c in calibration.nonspeech if values[c.rows[0]] <= choice.gate.threshold]
-        closed_clips = [c for c in calibration.nonspeech if values[c.rows[0]] > choice.gate.threshold]
-    count = calibration.effort.screened
-    nonspeech = evenly(open_clips, count)
-    nonspeech += evenly(closed_clips, count - len(nonspeech))
-    speech = evenly([clip for clip in calibration.speech if normalise(clip.transcript.text)], count)
-    if not names or not nonspeech or not speech:
-        return []
-    screen = Screen(
-        calibration.model,
-        calibration.first_windows(speech),
-        calibration.first_windows(nonspeech),
-        None if choice is None else choice.gate,
-    )
-    logger.info("plain: %s", screen.effect(None))
-    candidates = [
-        screen.screen(name, calibration.fit.edits[name])
-        for name in tqdm(names, desc="screening edits", unit="edit", disable=not progress)
-    ]
-    return sorted(candidates, key=lambda candidate: candidate.effect.score)
-
-
-def weakened(candidate: Candidate, factor: float) -> Candidate:
-    """The same edit, weaker."""
-    edit = replace(candidate.edit, strength=candidate.edit.strength * factor)
-    return replace(candidate, edit=edit, size=candidate.size * factor)
-
-
-def fit_to_budget(
-    calibration: Calibration,
-    candidate: Candidate,
-    gate: Gate | None,
-    clips: Sequence[CalibrationClip],
-    allowed: float,
-) -> tuple[Candidate, Heard]:
-    """Halve the strength until the WER on `clips` rises by at most `allowed`, at most a few times."""
-    for attempt in range(_HALVINGS + 1):
-        heard = calibration.hear(Steering((candidate.edit,), gate, _bare(calibration)), clips, candidate.name)
-        if heard.rise <= allowed or attempt == _HALVINGS:
-            return candidate, heard
-        candidate = weakened(candidate, 0.5)
-    raise AssertionError("unreachable")
+    return replace(choice, gate=with_frame_gate(gate, logits, fit.table.targets)), logits
 
 
 def _measured(calibration: Calibration) -> Sequence[CalibrationClip]:
@@ -131,62 +130,98 @@ def _bare(calibration: Calibration) -> dict[str, Any]:
 
 
 def find_winner(
-    calibration: Calibration, choice: GateChoice, *, progress: bool = True
-) -> tuple[Steering, Heard, dict[str, Any]]:
-    """Gate and edit together: (steering, all clips heard with it, record)."""
+    calibration: Calibration, choice: GateChoice, logits: np.ndarray, *, progress: bool = True
+) -> Chosen:
+    """Gate and edits together."""
     names = [
         name
-        for name, edit in calibration.fit.edits.items()
+        for name in calibration.fit.edits
         # the mean difference is the S-vector at another strength
-        if edit.layer >= choice.gate.layer and not name.startswith(("audiosae", "meandiff"))
+        if not name.startswith(("audiosae", "meandiff"))
     ]
-    candidates = screen_edits(calibration, choice, names, progress=progress)
+    candidates = screen_edits(calibration, choice, names, logits, progress=progress)
+    hearing = GatedHearing(calibration, choice.gate, logits)
     speech = evenly(calibration.speech, calibration.effort.heard)
-    logits = smoothed(calibration.fit.table.logits[choice.name], choice.gate.smooth).min(axis=1)
-    passing = [
-        clip
-        for clip in calibration.nonspeech
-        if any(logits[row] <= choice.gate.threshold for row in clip.rows)
-    ]
-    ranked = []
+    passing = [clip for clip in calibration.nonspeech if hearing.passes(clip)]
+    budget = calibration.budget.wer_rise
+    ranked: list[tuple[tuple[float, ...], Candidate | None, dict[str, float]]] = []
+    nothing = hearing.hear((), [*passing, *speech], "gate alone", progress=progress)
+    ranked.append(_ranked(calibration, hearing, None, nothing, passing, progress))
     for candidate in candidates[: calibration.effort.finalists]:
         candidate, heard = fit_to_budget(
-            calibration, candidate, choice.gate, [*passing, *speech], calibration.budget.wer_rise
+            lambda one: hearing.hear(one.edits, [*passing, *speech], one.name, progress=progress),
+            candidate,
+            budget,
         )
-        after = [heard.transcripts[clip.set, clip.id] for clip in passing]
-        score = (
-            heard.rise > calibration.budget.wer_rise,
-            sum(bool(normalise(t.text)) for t in after),
-            sum(t.hr for t in after),
-            sum(t.nsp for t in after),
-        )
-        ranked.append((score, candidate))
+        ranked.append(_ranked(calibration, hearing, candidate, heard, passing, progress))
     ranked.sort(key=lambda item: item[0])
     record: dict[str, Any] = {
         "gate": choice.name,
         "gate_alone": asdict(choice.result),
         "gates": list(choice.table),
-        "screened": [_candidate_record(candidate) for candidate in candidates],
+        "screened": [candidate_record(candidate) for candidate in candidates],
+        "finalists": [finalist for _, _, finalist in ranked],
+        "checked": [],
     }
-    for score, candidate in ranked:
-        if score[0]:
+    clips = _measured(calibration)
+    targets = calibration.fit.table.targets
+    for score, finalist, _ in ranked:
+        if finalist is None or score[0]:
             break
-        for factor in (1.0, 0.5, 0.25):
-            chosen = weakened(candidate, factor)
-            steering = Steering((chosen.edit,), choice.gate, _bare(calibration))
-            heard = calibration.hear(steering, _measured(calibration), "checking the winner")
-            if heard.rise <= calibration.budget.wer_rise:
-                record["edit"] = {**_candidate_record(chosen), **calibration.fit.recipes[chosen.name]}
-                return steering, heard, record
-    # no edit keeps the budget beside the gate: the gate alone does, by its choice
-    steering = Steering((), choice.gate, _bare(calibration))
+        for caution, (shut, min_run) in enumerate(CAUTION):
+            chosen = weakened(finalist, 0.5**caution)
+            gate = with_frame_gate(choice.gate, logits, targets, shut=shut, min_run=min_run)
+            careful = hearing.with_gate(gate)
+            heard = careful.hear(chosen.edits, clips, "checking the winner", progress=progress)
+            record["checked"].append(
+                {
+                    "name": chosen.name,
+                    "shut": shut,
+                    "min_run": min_run,
+                    "wer_rise": heard.rise,
+                    "wer_rise_hi": heard.rise_hi,
+                }
+            )
+            if heard.rise_hi <= budget:
+                recipes = [calibration.fit.recipes[name] for name in chosen.name.split("+")]
+                record["edit"] = {**candidate_record(chosen), "recipes": recipes}
+                steering = Steering(chosen.edits, gate, _bare(calibration))
+                return Chosen(steering, careful, clips, heard, record)
+    # no edit keeps the budget beside the gate, or none does better: the gate alone keeps it, by its choice
     record["edit"] = None
-    return steering, calibration.hear(steering, _measured(calibration), "checking the gate alone"), record
+    heard = hearing.hear((), clips, "gate alone", progress=progress)
+    return Chosen(Steering((), choice.gate, _bare(calibration)), hearing, clips, heard, record)
 
 
-def find_audiosae(
-    calibration: Calibration, *, progress: bool = True
-) -> tuple[Steering, Heard, dict[str, Any]] | None:
+def _ranked(
+    calibration: Calibration,
+    hearing: GatedHearing,
+    candidate: Candidate | None,
+    heard: Heard,
+    passing: Sequence[CalibrationClip],
+    progress: bool,
+) -> tuple[tuple[float, ...], Candidate | None, dict[str, float]]:
+    """(score, candidate, record): over the budget or not, then words left on non-speech clips and word
+    errors of the joined recordings together."""
+    name = "gate alone" if candidate is None else candidate.name
+    edits = () if candidate is None else candidate.edits
+    gaps = hearing.hear(edits, calibration.joined, f"{name}, gaps", progress=progress)
+    after = [heard.transcripts[clip.set, clip.id] for clip in passing]
+    total = max(len(calibration.nonspeech), 1)
+    text = sum(bool(normalise(t.text)) for t in after) / total
+    record: dict[str, Any] = {
+        "name": name,
+        "wer_rise": heard.rise,
+        "text_fpr": text,
+        "gap_wer": gaps.wer,
+        "gap_wer_plain": gaps.wer_plain,
+    }
+    over = heard.rise > calibration.budget.wer_rise
+    rates = (sum(t.hr for t in after) / total, sum(t.nsp for t in after) / total)
+    return (float(over), text + gaps.wer, *rates), candidate, record
+
+
+def find_audiosae(calibration: Calibration, *, progress: bool = True) -> Chosen | None:
     """AudioSAE's recipe, ungated, at the strength that its own budget allows; None if the fit has no such
     edit.
 
@@ -197,66 +232,68 @@ def find_audiosae(
     candidates = screen_edits(calibration, None, names, progress=progress)
     if not candidates:
         return None
-    affordable = [candidate for candidate in candidates if candidate.cost <= _dearest(candidates)]
+    affordable = [candidate for candidate in candidates if candidate.cost <= dearest(candidates)]
     speech = evenly(calibration.speech, calibration.effort.heard)
-    unsteered = Steering((replace(affordable[0].edit, strength=0.0),), None, _bare(calibration))
-    base = calibration.hear(unsteered, speech, "reconstruction alone").rise
+
+    def hear(candidate: Candidate) -> Heard:
+        return calibration.hear(
+            Steering(candidate.edits, None, _bare(calibration)), speech, candidate.name, progress=progress
+        )
+
+    base = hear(weakened(affordable[0], 0.0)).rise
     allowed = calibration.budget.wer_rise + max(0.0, base)
-    candidate, _ = fit_to_budget(calibration, affordable[0], None, speech, allowed)
-    steering = Steering((candidate.edit,), None, _bare(calibration))
-    heard = calibration.hear(steering, _measured(calibration), "measuring audiosae")
+    candidate, _ = fit_to_budget(hear, affordable[0], allowed)
+    steering = Steering(candidate.edits, None, _bare(calibration))
+    clips = _measured(calibration)
+    heard = calibration.hear(steering, clips, "measuring audiosae", progress=progress)
     record = {
-        "edit": {**_candidate_record(candidate), **calibration.fit.recipes[candidate.name]},
-        "screened": [_candidate_record(other) for other in candidates],
+        "edit": {**candidate_record(candidate), **calibration.fit.recipes[candidate.name]},
+        "screened": [candidate_record(other) for other in candidates],
         "wer_rise_of_reconstruction": base,
         "within_budget": heard.rise <= calibration.budget.wer_rise,
     }
-    return steering, heard, record
+    return Chosen(steering, None, clips, heard, record)
 
 
-def _dearest(candidates: Sequence[Candidate]) -> float:
-    """What a candidate may cost: the screening's limit, or where nothing keeps it, twice the cheapest."""
-    return max(MAX_COST, 2 * min(candidate.cost for candidate in candidates))
-
-
-def _candidate_record(candidate: Candidate) -> dict[str, Any]:
-    edit = candidate.edit
-    return {
-        "name": candidate.name,
-        "layer": edit.layer,
-        "latents": len(edit.values) if isinstance(edit, LatentEdit) and not edit.reconstruct else None,
-        "strength": edit.strength,
-        "size": candidate.size,
-        "speech_cost": candidate.cost,
-        "effect": asdict(candidate.effect),
-    }
-
-
-def finish(
-    calibration: Calibration, steering: Steering, heard: Heard, record: Mapping[str, Any], name: str
-) -> Steering:
-    """The steering with the metadata that its file shows."""
-    return replace(
-        steering,
-        metadata={
-            **_bare(calibration),
-            "name": name,
-            "calibrated_on": calibration.fit.record["calibrated_on"],
-            "rates": {"wer_rise": heard.rise, "sets": calibration.rates(heard)},
-            "recipe": {
-                **record,
-                "budget": asdict(calibration.budget),
-                "fit_seed": calibration.fit.record["seed"],
-            },
-            "licence": "MIT",
+def finish(calibration: Calibration, chosen: Chosen, name: str, *, progress: bool = True) -> Steering:
+    """The steering with the metadata that its file shows; with a gate, its frontier and profiles too."""
+    metadata: dict[str, Any] = {
+        **_bare(calibration),
+        "name": name,
+        "calibrated_on": calibration.fit.record["calibrated_on"],
+        "rates": {
+            "wer_rise": chosen.heard.rise,
+            "wer_rise_hi": chosen.heard.rise_hi,
+            "sets": calibration.rates(chosen.heard),
         },
-    )
+        "recipe": {
+            **chosen.record,
+            "budget": asdict(calibration.budget),
+            "fit_seed": calibration.fit.record["seed"],
+        },
+        "licence": "MIT",
+    }
+    if chosen.hearing is not None:
+        points = measure_frontier(
+            chosen.hearing,
+            chosen.steering.edits,
+            evenly(calibration.clips, calibration.effort.frontier),
+            chosen.heard,
+            chosen.clips,
+            progress=progress,
+        )
+        metadata["frontier"] = points
+        metadata["profiles"] = profiles(points, calibration.budget.wer_rise)
+    return replace(chosen.steering, metadata=metadata)
 
 
 def print_result(title: str, steering: Steering) -> None:
     """The table of one steering's rates."""
     rates = steering.metadata["rates"]
-    print(f"\n{title}: WER {100 * rates['wer_rise']:+.2f} points on calibration speech")
+    print(
+        f"\n{title}: WER {100 * rates['wer_rise']:+.2f} points on calibration speech "
+        f"(interval up to {100 * rates['wer_rise_hi']:+.2f})"
+    )
     print_table([{"set": name, **row} for name, row in rates["sets"].items()])
     emptied = {
         name: row["wrongly_emptied"] for name, row in rates["sets"].items() if "wrongly_emptied" in row
@@ -280,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/steering"), help="folder for the steering files"
     )
-    parser.add_argument("--wer-rise", type=float, default=Budget.wer_rise, help="budget, 0.002 = 0.2 points")
+    parser.add_argument("--wer-rise", type=float, default=Budget.wer_rise, help="budget, 0.001 = 0.1 points")
     parser.add_argument("--share", type=float, default=Budget.share, help="speech clips that may lose words")
     parser.add_argument("--gate-kind", choices=GATE_KINDS, default="latents", help="which gates may win")
     for field, what in (
@@ -288,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("finalists", "edits that are heard through whisper.transcribe"),
         ("heard", "speech clips on which a finalist's WER is measured"),
         ("measured", "clips on which the result is measured; 0: all"),
+        ("joined", "recordings with gaps on which edits are compared"),
+        ("frontier", "clips on which the frontier is measured beside alpha 1"),
     ):
         default = getattr(Effort, field)
         parser.add_argument(f"--{field}", type=int, default=default, help=f"{what} (default: {default})")
@@ -299,15 +338,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from whisper_steer.zoo import load_model
 
     budget = Budget(wer_rise=args.wer_rise, share=args.share)
-    effort = Effort(args.screened, args.finalists, args.heard, args.measured)
+    effort = Effort(**{field.name: getattr(args, field.name) for field in fields(Effort)})
     started = time.monotonic()
     model = load_model(args.model)
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
-    calibration = Calibration(model, sets, read_fit(args.fit, model, sets, labels), budget, effort)
+    calibration = Calibration.of(
+        model, sets, read_fit(args.fit, model, sets, labels), budget, effort, cache=args.labels
+    )
     written: list[tuple[Path, Steering]] = []
     if args.only != "audiosae":
-        choice = find_gate(calibration, args.gate_kind)
+        choice, logits = find_gate(calibration, args.gate_kind)
         result = choice.result
         lost = ", ".join(f"{name} {share:.1%}" for name, share in result.lost.items())
         print(
@@ -315,12 +356,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"text-FPR {result.plain_text_fpr:.3f} -> {result.text_fpr:.3f}, "
             f"WER {result.wer_plain:.4f} -> {result.wer:.4f}, lost {lost}"
         )
-        winner = finish(calibration, *find_winner(calibration, choice), "default")
+        winner = finish(calibration, find_winner(calibration, choice, logits), "default")
         written.append((args.out / "steering.safetensors", winner))
     if args.only != "steering":
         found = find_audiosae(calibration)
         if found is not None:
-            recipe = finish(calibration, *found, "audiosae")
+            recipe = finish(calibration, found, "audiosae")
             written.append((args.out / "steering-audiosae.safetensors", recipe))
     for path, steering in written:
         steering.save(path)

@@ -38,6 +38,8 @@ class FakeClip:
     text: str | None = None
     speech_intervals: tuple[tuple[float, float], ...] | None = None
     path: str | None = None
+    split: str = "calibration"
+    group: str = ""
 
     def load(self) -> np.ndarray:
         return sound(self.id, self.seconds, speech=self.kind != "nonspeech")

@@ -12,8 +12,10 @@ from calibration.gate_fit import (
     collect_gate_frames,
     fit_latent_gates,
     fit_raw_gate,
+    frame_loss,
     frame_targets,
     latent_features,
+    refit_gate,
 )
 from calibration.training_clips import TrainingClip
 from whisper_steer.errors import UsageError
@@ -62,13 +64,16 @@ def test_frames_are_drawn_by_class_from_the_right_places():
         "padding": 6,
         "speech:speech:clean": 10,
     }
-    assert sample.x.shape == (2, 36, 32) and sample.nobody.sum() == 26
+    assert {layer: x.shape for layer, x in sample.x.items()} == {0: (36, 32), 1: (36, 32)}
+    assert sample.nobody.sum() == 26
     whole = encode_clip(model, audio).windows[1, 0]
-    for frame in sample.x[1, :10]:  # the speech frames of the first clip
+    for frame in sample.x[1][:10]:  # the speech frames of the first clip
         nearest = (whole - frame).norm(dim=1).argmin()
         assert 50 <= nearest < 100
     with pytest.raises(UsageError, match="hold no speech frames"):
         collect_gate_frames(model, clips[1:], progress=False)
+    one = collect_gate_frames(model, clips, layers=[1], per_clip=10, padding_per_clip=3, progress=False)
+    assert list(one.x) == [1] and torch.equal(one.x[1], sample.x[1])
 
 
 def problem(frames=3000, d=16, seed=0):
@@ -93,7 +98,7 @@ def accuracy(gate, x, nobody):
 
 def test_gates_find_the_latents_that_matter():
     sae, x, nobody, weight = problem()
-    gates = fit_latent_gates(sae, x, nobody, weight, sizes=(12, 6, 64))
+    gates = fit_latent_gates([sae], {1: x}, nobody, weight, sizes=(12, 6, 64))
     assert sorted(gates) == [6, 12]  # 16 latents fire: no gate of 64
     assert gates[6].probes[0].indices.tolist() == [0, 1, 2, 3, 4, 5]
     assert (gates[6].probes[0].coef[:3] < 0).all() and (gates[6].probes[0].coef[3:] > 0).all()
@@ -110,7 +115,7 @@ def test_gates_find_the_latents_that_matter():
 
 def test_raw_gate_is_a_control_on_the_same_frames():
     sae, x, nobody, weight = problem()
-    gate = fit_raw_gate(1, x, nobody, weight)
+    gate = fit_raw_gate([1], {1: x}, nobody, weight)
     held_out = problem(seed=1)
     assert gate.kind == "raw" and accuracy(gate, held_out[1], held_out[2]) > 0.95
     torch.testing.assert_close(gate.probes[0].features(x).std(0), torch.ones(16), rtol=1e-4, atol=1e-4)
@@ -118,7 +123,41 @@ def test_raw_gate_is_a_control_on_the_same_frames():
 
 def test_weights_move_the_gate():
     sae, x, nobody, _ = problem()
-    careful = fit_raw_gate(1, x, nobody, np.where(nobody, 0.05, 1.95))
-    even = fit_raw_gate(1, x, nobody, np.ones(len(nobody)))
+    careful = fit_raw_gate([1], {1: x}, nobody, np.where(nobody, 0.05, 1.95))
+    even = fit_raw_gate([1], {1: x}, nobody, np.ones(len(nobody)))
     speech = x[torch.from_numpy(~nobody)][None]
     assert careful.frame_logits(speech).quantile(0.95) < even.frame_logits(speech).quantile(0.95) - 1
+
+
+def test_two_layers_share_the_features_of_a_gate():
+    """Layer 1 knows who speaks, layer 2 what else sounds: together they tell, and each keeps its own."""
+    sae, x, nobody, weight = problem()
+    first, second = x.clone(), x.clone()
+    first[:, 3:6] = 0.0
+    second[:, 0:3] = 0.0
+    other = SparseAutoencoder(16, 20, k=4, layer=2)
+    other.load_state_dict(sae.state_dict())
+    streams = {1: first, 2: second}
+    gate = fit_latent_gates([sae, other], streams, nobody, weight, sizes=(6,))[6]
+    assert gate.layers == (1, 2) and gate.layer == 2
+    assert [probe.indices.tolist() for probe in gate.probes] == [[0, 1, 2], [3, 4, 5]]
+    logits = gate.frame_logits({layer: stream[None] for layer, stream in streams.items()})[0].numpy()
+    assert ((logits > 0) == nobody).mean() > 0.95
+    # the log-loss by hand
+    expected = np.logaddexp(0, np.where(nobody, -logits, logits)).mean()
+    assert frame_loss(gate, streams, nobody, weight) == pytest.approx(expected, rel=1e-4)
+    raw = fit_raw_gate([1, 2], streams, nobody, weight)
+    assert raw.layers == (1, 2) and raw.kind == "raw"
+    alone = fit_raw_gate([1], streams, nobody, weight)
+    assert frame_loss(raw, streams, nobody, weight) < frame_loss(alone, streams, nobody, weight)
+
+
+def test_a_refit_keeps_the_features_and_follows_the_frames():
+    sae, x, nobody, weight = problem()
+    gate = fit_latent_gates([sae], {1: x}, nobody, weight, sizes=(6,))[6]
+    same = refit_gate(gate, {1: x}, nobody, weight)
+    torch.testing.assert_close(same.probes[0].coef, gate.probes[0].coef, rtol=1e-3, atol=1e-3)
+    turned = refit_gate(gate, {1: x}, ~nobody, weight)
+    torch.testing.assert_close(turned.probes[0].coef, -gate.probes[0].coef, rtol=1e-2, atol=1e-2)
+    assert turned.probes[0].indices.tolist() == gate.probes[0].indices.tolist()
+    assert turned.smooth == gate.smooth and torch.equal(turned.probes[0].unit, gate.probes[0].unit)

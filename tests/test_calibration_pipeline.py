@@ -1,5 +1,6 @@
 """fit and sweep from end to end on a tiny model: the mechanics, not the quality."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,21 +10,27 @@ from calibration_tools import clips, make_terse_whisper, sound
 
 from calibration import edit_fit, fit, gate_fit, sweep
 from calibration.decoding import transcribe_clips
+from calibration.edit_candidates import fit_to_budget
+from calibration.fit_files import read_fit, write_fit
+from calibration.gated_hearing import GatedHearing
 from calibration.hallucinations import label_clips
-from calibration.hearing import Calibration, Effort
+from calibration.hearing import Calibration, Effort, Heard
+from calibration.refit import deal_folds, refit
+from calibration.screening import Candidate, Effect
 from calibration.selection import Budget
 from calibration.training_clips import TrainingClip
+from calibration.window_table import measure_windows
 from whisper_steer.attach import handles_of, steer
 from whisper_steer.errors import FormatError, MismatchError, UsageError
 from whisper_steer.fileformat import model_metadata
 from whisper_steer.sae import SparseAutoencoder
-from whisper_steer.steering import Steering
+from whisper_steer.steering import MeanAblation, Shift, Steering
 
 
 def make_clip(kind, index):
     name = f"train-{kind}-{index}"
     intervals = ((0.0, 2.0),) if kind == "speech" else ()
-    return TrainingClip(name, kind, kind, lambda: (sound(name, 2.0, speech=kind == "speech"), intervals))
+    return TrainingClip(name, kind, "clean", lambda: (sound(name, 2.0, speech=kind == "speech"), intervals))
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +52,13 @@ def setting(tmp_path_factory):
             sae = SparseAutoencoder(32, 64, k=8, layer=layer, metadata=model_metadata(model))
         sae.save(folder / f"layer_{layer:02d}.safetensors")
     saes = fit.load_saes(folder, model)
-    training = [make_clip(kind, i) for kind in ("speech", "nonspeech") for i in range(6)]
-    sample = gate_fit.collect_gate_frames(model, training, progress=False)
-    gates = fit.fit_gates(saes, sample, progress=False)
-    table, pooled = fit.measure_windows(model, saes, gates, sets, labels, progress=False)
-    nonspeech = np.array([not clip.is_speech for clip in table.clips])
-    edits = fit.fit_edits(saes, pooled, [labels[clip.id] for clip in table.clips], nonspeech)
+    training = [make_clip(kind, i) for kind in ("speech", "nonspeech") for i in range(8)]
+    by_layer = {sae.layer: sae for sae in saes}
+    fitted = fit.fit_parts(model, by_layer, training, sets, labels, progress=False)
+    fitted.record["calibrated_on"] = {"speech": {"clips": 6}}
     out = tmp_path_factory.mktemp("fit")
-    record = {"seed": 0, "gate_frames": sample.counts, "calibrated_on": {"speech": {"clips": 6}}, "saes": []}
-    fit.write_fit(out, model, gates, edits, table, record)
-    return model, sets, labels, out, (gates, edits, table), folder
+    write_fit(out, model, fitted)
+    return model, sets, labels, out, fitted, folder
 
 
 def test_saes_must_be_there_and_belong_to_the_model(setting, tmp_path):
@@ -66,18 +70,21 @@ def test_saes_must_be_there_and_belong_to_the_model(setting, tmp_path):
 
 
 def test_every_layer_gets_gates_and_edits(setting):
-    gates, edits, _ = setting[4]
+    gates, edits = setting[4].gates, setting[4].edits
     assert {"raw_l0", "raw_l1", "latents_l0_m16", "latents_l1_m32"} <= set(gates)
+    assert {"raw_l0+l1", "latents_l0+l1_m32"} <= set(gates) and gates["raw_l0+l1"].layers == (0, 1)
     assert {f"{form}_l{layer}" for form in ("svector", "meandiff") for layer in (0, 1)} <= set(edits)
     assert {"additive_l1_k10", "additive_l0_k50", "audiosae_l1_k10", "audiosae_l0_k100"} <= set(edits)
-    edit, recipe = edits["additive_l1_k10"]
+    assert {"silence_l0", "silence_l1", "causal_l0_k4", "causal_l1_k16"} <= set(edits)
+    edit, recipe = edits["additive_l1_k10"], setting[4].recipes["additive_l1_k10"]
     assert edit.layer == 1 and len(edit.values) == 10 and recipe["k"] == 10
     # everything hallucinates here by every definition
     assert recipe["contrast"] == "speech" and "instead" in recipe["contrast_reason"]
 
 
 def test_the_window_table_holds_what_the_gates_say(setting):
-    model, sets, _, _, (gates, _, table), _ = setting
+    model, sets, _, _, fitted, _ = setting
+    gates, table = fitted.gates, fitted.table
     clip = table.clips[7]
     assert clip.set == "tones" and not clip.is_speech
     audio = sets["tones"][1].load()
@@ -94,54 +101,68 @@ def test_the_window_table_holds_what_the_gates_say(setting):
 
 
 def test_pooled_latents_leave_padding_out(setting):
-    model, sets, labels, _, (gates, _, _), folder = setting
+    model, sets, labels, _, _, folder = setting
     saes = fit.load_saes(folder, model)
-    _, pooled = fit.measure_windows(model, saes, {}, {"tones": sets["tones"][:1]}, labels, progress=False)
+    one = {"tones": sets["tones"][:1]}
+    _, pooled = measure_windows(model, {0: None, 1: saes[1]}, {}, one, labels, progress=False)
     from calibration.activations import encode_clip
 
     frames = encode_clip(model, sets["tones"][0].load()).frames[1]
     expected = edit_fit.pool_frames(saes[1], frames)
     np.testing.assert_allclose(pooled[1].latents[0], expected[0], rtol=1e-3, atol=1e-3)
+    assert pooled[0].latents.shape == (1, 0) and pooled[0].mean.shape == (1, 32)  # no SAE: means alone
 
 
 def test_a_fit_is_read_back(setting):
-    model, sets, labels, out, (gates, edits, table), _ = setting
-    found = fit.read_fit(out, model, sets, labels)
-    assert set(found.gates) == set(gates) and set(found.edits) == set(edits)
-    assert found.table.clips == table.clips
-    for name, values in table.logits.items():
+    model, sets, labels, out, fitted, _ = setting
+    found = read_fit(out, model, sets, labels)
+    assert set(found.gates) == set(fitted.gates) and set(found.edits) == set(fitted.edits)
+    assert found.table.clips == fitted.table.clips
+    for name, values in fitted.table.logits.items():
         assert np.array_equal(found.table.logits[name], values)
-    torch.testing.assert_close(found.edits["svector_l1"].direction, edits["svector_l1"][0].direction)
+    torch.testing.assert_close(found.edits["svector_l1"].direction, fitted.edits["svector_l1"].direction)
+    assert np.array_equal(found.sample.nobody, fitted.sample.nobody)
+    torch.testing.assert_close(found.sample.x[1], fitted.sample.x[1].half().float())
     assert found.recipes["additive_l0_k10"]["k"] == 10
 
 
 def test_a_fit_of_something_else_is_refused(setting, tmp_path):
     model, sets, labels, out, _, _ = setting
     with pytest.raises(FormatError, match="holds no finished fit"):
-        fit.read_fit(tmp_path, model, sets, labels)
+        read_fit(tmp_path, model, sets, labels)
     with pytest.raises(UsageError, match="fitted on other clips"):
-        fit.read_fit(out, model, {"speech": sets["speech"]}, labels)
+        read_fit(out, model, {"speech": sets["speech"]}, labels)
     with pytest.raises(MismatchError):
-        fit.read_fit(out, make_terse_whisper(2), sets, labels)
+        read_fit(out, make_terse_whisper(2), sets, labels)
 
 
 @pytest.fixture(scope="module")
 def calibration(setting):
     model, sets, labels, out, _, _ = setting
-    found = fit.read_fit(out, model, sets, labels)
-    return Calibration(model, sets, found, Budget(), Effort(screened=3, finalists=1, heard=3))
+    found = read_fit(out, model, sets, labels)
+    effort = Effort(screened=3, finalists=1, heard=3, joined=2, frontier=8)
+    return Calibration.of(model, sets, found, Budget(), effort, progress=False)
 
 
-def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibration, tmp_path):
+@pytest.fixture(scope="module")
+def latent_gate(calibration):
+    return sweep.find_gate(calibration, "latents", refitted=False)
+
+
+def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibration, latent_gate, tmp_path):
     model, sets = setting[:2]
-    choice = sweep.find_gate(calibration, "latents")
-    assert (
-        choice.gate.kind == "latents" and choice.result.text_fpr == 0.0
-    )  # noise bursts and tones are easy to tell
+    choice, logits = latent_gate
+    # noise bursts and tones are easy to tell
+    assert choice.gate.kind == "latents" and choice.result.text_fpr == 0.0
     assert choice.result.wer == 0.0
-    steering, heard, record = sweep.find_winner(calibration, choice, progress=False)
-    assert heard.rise <= 0.002
-    final = sweep.finish(calibration, steering, heard, record, "default")
+    chosen = sweep.find_winner(calibration, choice, logits, progress=False)
+    assert chosen.heard.rise_hi <= 0.001
+    assert [finalist["name"] for finalist in chosen.record["finalists"]].count("gate alone") == 1
+    final = sweep.finish(calibration, chosen, "default", progress=False)
+    assert [point["alpha"] for point in final.metadata["frontier"]] == [0.25, 0.5, 0.75, 1, 1.5, 2, 4]
+    at_one = final.metadata["frontier"][3]
+    assert at_one["text_fpr"] == 0.0 and at_one["wer_rise"] == chosen.heard.rise and at_one["clips"] == 16
+    assert final.metadata["profiles"]["balanced"] == 1.0
     path = tmp_path / "steering.safetensors"
     final.save(path)
     loaded = Steering.load(path)
@@ -159,37 +180,111 @@ def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibrati
     assert not handles_of(model)
 
 
+def test_the_refitted_gate_is_judged_by_gates_that_have_not_seen_the_clip(setting, calibration, latent_gate):
+    model, sets, _, _, fitted, _ = setting
+    choice, logits = latent_gate
+    again, out_of_fold = refit(
+        model,
+        choice,
+        fitted.sample,
+        calibration.clips,
+        calibration.sources,
+        len(logits),
+        Budget(),
+        progress=False,
+    )
+    assert out_of_fold.shape == logits.shape and np.isfinite(out_of_fold).all()
+    assert [p.indices.tolist() for p in again.gate.probes] == [p.indices.tolist() for p in choice.gate.probes]
+    assert not torch.equal(again.gate.probes[0].coef, choice.gate.probes[0].coef)
+    assert {row.get("refitted", 0) for row in again.table} == {0, 1}
+    assert again.result.text_fpr <= 0.1 and again.result.wer == 0.0
+
+
+def test_groups_are_dealt_out_evenly_and_stay_together():
+    def one(name, kind, group):
+        return dataclasses.replace(clips(1, 0)["speech"][0], id=name, kind=kind, group=group)
+
+    chosen = [one(f"s{i}", "speech", f"speaker{i % 7}") for i in range(21)]
+    chosen += [one(f"n{i}", "nonspeech", "") for i in range(10)]
+    owners = deal_folds(chosen)
+    assert owners == deal_folds(chosen)
+    for kind, size in (("speech", 21), ("nonspeech", 10)):
+        mine = {clip.id: owner for clip, owner in zip(chosen, owners, strict=True) if clip.kind == kind}
+        assert len(mine) == size and set(mine.values()) == set(range(5))
+    assert all(owners[i] == owners[i + 7] == owners[i + 14] for i in range(7))
+    assert max(deal_folds([*chosen[:3], *chosen[21:]])) == 2  # three speakers: three folds
+    with pytest.raises(UsageError, match="1 groups of speech and 10 of other recordings"):
+        deal_folds([chosen[0], *chosen[21:]])
+
+
+def test_windows_are_withheld_by_the_logits_given(setting, calibration, latent_gate):
+    choice, logits = latent_gate
+    hearing = GatedHearing(calibration, choice.gate, logits)
+    plain = hearing.hear((), calibration.clips, "x", progress=False)
+    assert all(plain.transcripts["tones", f"tones/{i}"].text == "" for i in range(10))
+    assert plain.rise == 0.0 and plain.rise_hi == 0.0
+    never = GatedHearing(calibration, choice.gate, np.full_like(logits, -1e3))
+    heard = never.hear((), calibration.clips, "x", progress=False)
+    for clip in calibration.clips:
+        assert heard.transcripts[clip.set, clip.id] == clip.transcript
+    # an edit that turns every stream around changes what is heard where nothing is withheld
+    loud = Shift(1, torch.linspace(-1, 1, 32), 50.0)
+    open_gate = dataclasses.replace(choice.gate, frame_bias=-1e3, min_run=1)
+    changed = never.with_gate(open_gate).hear((loud,), calibration.clips[:3], "x", progress=False)
+    assert any(
+        changed.transcripts[clip.set, clip.id].text != clip.transcript.text for clip in calibration.clips[:3]
+    )
+
+
 def test_sweep_writes_the_papers_recipe_by_its_own_budget(calibration):
-    steering, heard, record = sweep.find_audiosae(calibration, progress=False)
-    assert steering.gate is None
-    (edit,) = steering.edits
+    found = sweep.find_audiosae(calibration, progress=False)
+    assert found.steering.gate is None and found.hearing is None
+    (edit,) = found.steering.edits
     assert edit.reconstruct and len(edit.values) == 64 and edit.strength > 0
     # random SAEs reconstruct nothing: even the weakest setting costs words, and the record says so
-    assert record["within_budget"] == (heard.rise <= 0.002)
-    assert record["edit"]["form"] == "audiosae"
+    assert found.record["within_budget"] == (found.heard.rise <= 0.001)
+    assert found.record["edit"]["form"] == "audiosae"
+    assert "profiles" not in sweep.finish(calibration, found, "audiosae", progress=False).metadata
 
 
-def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, monkeypatch):
-    choice = sweep.find_gate(calibration, "any")
+def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, latent_gate, monkeypatch):
+    choice, logits = latent_gate
     heard_with = []
-    original = Calibration.hear
+    original = GatedHearing.hear
 
-    def costly(self, steering, chosen, label, **options):
-        found = original(self, steering, chosen, label, **options)
-        heard_with.append(steering)
-        return type(found)(found.transcripts, 1.0, 0.0, 1.0) if steering.edits else found
+    def costly(self, edits, chosen, label, **options):
+        found = original(self, edits, chosen, label, **options)
+        if edits and chosen is not calibration.joined:
+            heard_with.append(edits)
+            return dataclasses.replace(found, wer=1.0, wer_plain=0.0, rise=1.0, rise_hi=1.0)
+        return found
 
-    monkeypatch.setattr(Calibration, "hear", costly)
-    steering, heard, record = sweep.find_winner(calibration, choice, progress=False)
-    assert steering.edits == () and steering.gate is choice.gate and record["edit"] is None
-    # the strength was halved before giving up
-    strengths = [s.edits[0].strength for s in heard_with if s.edits]
-    assert strengths == [pytest.approx(strengths[0] / 2**i) for i in range(4)]
+    monkeypatch.setattr(GatedHearing, "hear", costly)
+    chosen = sweep.find_winner(calibration, choice, logits, progress=False)
+    assert chosen.steering.edits == () and chosen.steering.gate is choice.gate
+    assert chosen.record["edit"] is None and heard_with
+
+
+def test_strengths_are_halved_until_words_are_safe():
+    edits = (MeanAblation(0, torch.zeros(1, 4)), Shift(1, torch.ones(4), 8.0))
+    candidate = Candidate("both", edits, 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+    tried = []
+
+    def hear(one):
+        tried.append(one.edits[1].strength)
+        rise = 0.0 if one.edits[1].strength <= 2 else 0.5
+        return Heard({}, 0.0, 0.0, rise, rise)
+
+    found, heard = fit_to_budget(hear, candidate, 0.001)
+    assert tried == [8.0, 4.0, 2.0] and found.edits[1].strength == 2.0 and heard.rise == 0.0
+    assert found.edits[0] is edits[0]  # silence is not made weaker
+    tried.clear()
+    silent = Candidate("silence", edits[:1], 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+    kept, heard = fit_to_budget(lambda one: Heard({}, 0, 0, 0.5, 0.5), silent, 0.001)
+    assert kept is silent and heard.rise == 0.5
 
 
 def test_gate_kind_must_exist(calibration):
-    import dataclasses
-
     only_raw = dataclasses.replace(calibration.fit, gates={"raw_l0": calibration.fit.gates["raw_l0"]})
     other = Calibration.__new__(Calibration)
     other.__dict__.update(calibration.__dict__, fit=only_raw)

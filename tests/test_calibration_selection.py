@@ -65,10 +65,10 @@ def test_threshold_goes_down_to_the_first_window_that_costs_too_much():
     assert 0 <= strict < logits[logits > 0].min()
     result = evaluate_threshold(clips, logits, strict)
     assert result.wer == 0 and result.lost["all"] == 0
-    # one clip in ten may go: 10 % of the words
-    loose = lowest_threshold(clips, logits, Budget(wer_rise=0.1, share=0.1, set_share=0.1))
+    # one clip in ten may go: 10 % of the words, up to 30 % by the interval (three draws of that clip in ten)
+    loose = lowest_threshold(clips, logits, Budget(wer_rise=0.3, share=0.1, set_share=0.1))
     assert -1 <= loose < 0 and evaluate_threshold(clips, logits, loose).lost["all"] == pytest.approx(0.1)
-    for tight in (Budget(0.09, 0.1, 0.1), Budget(0.1, 0.05, 0.1), Budget(0.1, 0.1, 0.05)):
+    for tight in (Budget(0.29, 0.1, 0.1), Budget(0.3, 0.05, 0.1), Budget(0.3, 0.1, 0.05)):
         assert lowest_threshold(clips, logits, tight) >= 0
 
 
@@ -150,9 +150,19 @@ def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
     targets[:2, :400], targets[2:, :400] = SPEECH, NOBODY
     fitted = with_frame_gate(gate(), logits, targets)
     g = fitted.frame_gate(torch.from_numpy(logits))
-    assert (g[:2] == 0).float().mean() >= 0.985
-    assert g[2:].median() == pytest.approx(0.9, abs=0.02)
-    # overlapping classes: finite slope, speech still shut
-    overlapping = with_frame_gate(gate(), logits * 0, targets)
-    assert overlapping.frame_scale == pytest.approx((np.log(9) + np.log(99)) / 0.5, rel=1e-3)
+    assert (g[:2] == 0).float().mean() >= 0.998
+    assert (g[2:] > 0.9).float().mean() > 0.999  # far above speech it is open, not only half
+    # from shut to 0.9 within one logit
+    assert fitted.frame_scale == pytest.approx(np.log(9) + np.log(99), rel=1e-3)
+    limit = max(float(np.quantile(logits[targets == SPEECH], 0.999)), 0.0)
+    probe = torch.tensor([[limit - 1e-3, limit + 1e-3, limit + 1.0]]).repeat_interleave(30, dim=1)
+    low, edge, high = fitted.frame_gate(probe)[0].reshape(3, 30)[:, 15]
+    assert low == 0 and 0.01 <= edge < 0.02 and high == pytest.approx(0.9, abs=0.005)
+    # a pause shorter than half a second stays as it is
+    pause = torch.full((1, 100), -9.0)
+    pause[0, 40:60] = 9.0
+    assert (fitted.frame_gate(pause) == 0).all()
+    pause[0, 40:70] = 9.0
+    assert (fitted.frame_gate(pause)[0, 40:70] > 0.9).all()
+    assert with_frame_gate(gate(), logits, targets, min_run=10).min_run == 10
     assert with_frame_gate(gate(), logits, np.full_like(targets, UNCLEAR)).frame_scale == 1.0

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from calibration.decoding import ClipTranscript
     from whisper_steer.steering import LatentEdit, Shift, Steering
 
-ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5)
-QUICK_ALPHAS = (0.5, 1.0)
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
+QUICK_ALPHAS = (0.5, 1.0, 2.0)
 LABELS = ("text", "hr", "nsp")
 TOP_K = 25
 MULTIPLES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
@@ -118,12 +118,15 @@ def _check_vad() -> None:
 
 
 def _layer(setup: Setup) -> int:
-    """Of the bundled steering's last edit, else the encoder's last block."""
+    """Of the bundled steering's last shift or latent edit, else the encoder's last block."""
+    from whisper_steer.steering import MeanAblation
+
     try:
         edits = steering_of(setup).edits
     except Unavailable:
         edits = ()
-    return max((edit.layer for edit in edits), default=pooling.last_layer(setup))
+    moving = (edit.layer for edit in edits if not isinstance(edit, MeanAblation))
+    return max(moving, default=pooling.last_layer(setup))
 
 
 def fit_shift(setup: Setup) -> Shift | LatentEdit:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import WhisperSteerError
 from .bake import bake, unbake
+from .calibrate import calibrate
 from .compare import compare
 from .convert import convert
 from .inspect import inspect
@@ -41,6 +42,7 @@ app.command()(bake)
 app.command()(unbake)
 app.command()(models)
 app.command()(inspect)
+app.command()(calibrate)
 app.add_typer(saes, name="saes")
 
 # typer >= 0.26 carries its own copy of click, earlier ones use the package: this is the right class in both
