@@ -127,7 +127,12 @@ def test_compare(model: Whisper, two_windows: np.ndarray) -> None:
     steering = separating_steering(model, two_windows, speech=0, silence=1)
     seen: list[float] = []
     comparison = compare(
-        two_windows, model, steering=steering, progress=lambda done, total: seen.append(done / total), **FAST
+        two_windows,
+        model,
+        steering=steering,
+        decode_withheld=True,
+        progress=lambda done, total: seen.append(done / total),
+        **FAST,
     )
     assert handles_of(model) == ()
     assert seen == pytest.approx([0.375, 0.5, 0.875, 1.0])

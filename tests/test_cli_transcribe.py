@@ -231,7 +231,8 @@ def test_withheld_words(run: Any, shelf: Path) -> None:
     result = run(shelf / "a.wav", steering="drop")
     assert (result.code, result.out) == (0, "")
     assert result.err == (
-        f"{shelf / 'a.wav'}: 1 window withheld, nobody speaks (2.0 s); --keep-suppressed shows the words\n"
+        f"{shelf / 'a.wav'}: 1 window withheld, nobody speaks (2.0 s); "
+        "--keep-suppressed decodes and shows them\n"
     )
     result = run(shelf / "a.wav", "--keep-suppressed", steering="drop")
     assert result.out.startswith("[00:00.000 --> 00:02.000] (withheld, nobody speaks: 98.2%)  ")

@@ -55,7 +55,7 @@ def test_words_and_what_was_withheld() -> None:
     assert shown.splitlines() == [
         "(no words)",
         'withheld "Thanks for watching!": 99.8 % sure that nobody speaks',
-        'withheld "": 100.0 % sure that nobody speaks',
+        "withheld: 100.0 % sure that nobody speaks",
     ]
 
 

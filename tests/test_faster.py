@@ -41,7 +41,7 @@ def plain() -> faster_whisper.WhisperModel:
 @pytest.fixture(scope="module")
 def shared() -> WhisperModel:
     """Found by name: the bundled steering, a gated latent edit."""
-    return WhisperModel(str(mini_ct2()), **CPU)
+    return WhisperModel(str(mini_ct2()), decode_withheld=True, **CPU)
 
 
 @pytest.fixture

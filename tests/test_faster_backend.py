@@ -31,7 +31,9 @@ def test_transcript_of_noise_and_speech(model: WhisperModel) -> None:
     noise = whisper_steer.transcribe(clip("noise"), model, progress=lambda *at: seen.append(at))
     assert (noise.text, noise.segments, noise.language, noise.duration) == ("", (), "en", 8.0)
     (window,) = noise.suppressed
-    assert (window.start, window.end, window.text) == (0.0, 8.0, INVENTED)
+    assert (window.start, window.end, window.text) == (0.0, 8.0, None)
+    with pytest.raises(UsageError, match="steered already"):
+        whisper_steer.transcribe(clip("noise"), model, decode_withheld=True)
     assert (noise.model, noise.steering, noise.alpha) == ("mini.en", "default", 1.0)
     assert seen[-1] == (8.0, 8.0) and model.withheld == []
     # openai-whisper's names and values

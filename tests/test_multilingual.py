@@ -143,7 +143,7 @@ def test_transformers(hf: Any) -> None:
     with whisper_steer.steer(hf, steering=replace(edits, gate=says(False))) as handle:
         found = [hf.generate(features, **asked, **options) for asked in ({}, german)]
     assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]) and handle.withheld == []
-    with whisper_steer.steer(hf, steering=silent(edits)) as handle:
+    with whisper_steer.steer(hf, steering=silent(edits), decode_withheld=True) as handle:
         for asked in ({}, german):
             assert bool((hf.generate(features, **asked, **options) == hf.config.pad_token_id).all())
         assert len(handle.withheld) == 4 and all(record.text for record in handle.withheld)

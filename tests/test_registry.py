@@ -159,7 +159,8 @@ def test_bad_input_and_interrupts_leave_no_state(tiny_whisper):
 
 
 def test_an_exception_in_the_decoder_releases_the_lock_and_the_state(tiny_whisper):
-    with steer(tiny_whisper, steering=Steering((shift(1),), says(True))) as handle:
+    steering = Steering((shift(1),), says(True))
+    with steer(tiny_whisper, steering=steering, decode_withheld=True) as handle:
         hook = tiny_whisper.decoder.register_forward_pre_hook(
             lambda *a: (_ for _ in ()).throw(RuntimeError("no"))
         )

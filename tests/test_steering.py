@@ -213,7 +213,8 @@ def test_check_names_both_models(tiny_whisper):
         small.check(tiny_whisper)
     assert str(error.value) == (
         "steering is for small (d_model 768, 12 blocks), the model is mini.en (d_model 64, 4 blocks): "
-        "pass steering=... made for it, or make one with: python -m calibration.fit --model mini.en"
+        "pass steering=... made for it, or make one: whisper-steer calibrate --model mini.en "
+        "--nonspeech DIR --speech MANIFEST --out FILE"
     )
     with pytest.raises(MismatchError):
         small.check(tiny_whisper, strict=False)
@@ -241,6 +242,6 @@ def test_check_of_other_weights_of_the_same_shape(tiny_whisper, caplog):
 
 def test_the_parts_can_be_imported_from_here():
     assert set(steering_module.__all__) == {
-        "Edit", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering",
+        "Edit", "FrontierPoint", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering",
     }  # fmt: skip
     assert Gate.__module__ == "whisper_steer.gate"

@@ -100,7 +100,7 @@ class TestWithheld:
         plain = transcribe(audio, model, alpha=0, condition_on_previous_text=False, **WHOLE)
         assert [s.start for s in plain.segments] == [0, 30, 60]
         steering = constant_steering(model, 5.0, strength=0.0)
-        transcript = transcribe(audio, model, steering=steering, **WHOLE)
+        transcript = transcribe(audio, model, steering=steering, decode_withheld=True, **WHOLE)
         assert (transcript.text, transcript.segments) == ("", ())
         assert (transcript.steering, transcript.alpha) == ("test", 1.0)
         assert [(w.start, w.end) for w in transcript.suppressed] == [(0, 30), (30, 60), (60, 70)]
@@ -109,13 +109,15 @@ class TestWithheld:
             assert window.avg_logprob == pytest.approx(segment.avg_logprob)
             assert window.no_speech_prob == pytest.approx(segment.no_speech_prob)
             assert window.score == pytest.approx(1 / (1 + np.exp(-5.0)))
+            assert (window.logit, window.threshold) == (5.0, 0.0)
         assert handles_of(model) == ()
 
     def test_only_windows_in_which_nobody_speaks(self, model: Whisper) -> None:
         audio = long_audio()
         steering = separating_steering(model, audio, speech=0, silence=1)
         plain = transcribe(audio, model, alpha=0, condition_on_previous_text=False, **WHOLE)
-        kept = transcribe(audio, model, steering=steering, condition_on_previous_text=False, **WHOLE)
+        options = {**WHOLE, "condition_on_previous_text": False}
+        kept = transcribe(audio, model, steering=steering, decode_withheld=True, **options)
         assert [(w.start, w.end) for w in kept.suppressed] == [(30, 60)]
         assert [s.id for s in kept.segments] == [0, 1]
         assert [dataclasses.replace(s, id=0) for s in kept.segments] == [
@@ -128,6 +130,10 @@ class TestWithheld:
         assert [(s.start, s.seek) for s in shown.segments] == [(0, 0), (30, 3000), (60, 6000)]
         assert shown.segments[1].end == 60
         assert shown.text.split() == plain.text.split() and shown.suppressed == kept.suppressed
+        skipped = transcribe(audio, model, steering=steering, **options)
+        assert (skipped.text, skipped.segments) == (kept.text, kept.segments)
+        assert [window.text for window in skipped.suppressed] == [None]
+        assert skipped.with_suppressed() == skipped
 
     def test_withheld_words_do_not_prompt_the_next_window(self, model: Whisper) -> None:
         audio = long_audio()[30 * 16_000 :]  # silence, then the tone
@@ -141,14 +147,14 @@ class TestWithheld:
 
         model.decode = spy  # type: ignore[method-assign]
         transcript = transcribe(audio, model, steering=steering, **WHOLE)
-        assert len(transcript.suppressed) == 1 and transcript.suppressed[0].text
+        assert len(transcript.suppressed) == 1
         assert prompts == [[], []]
 
     def test_with_word_timestamps(self, model: Whisper) -> None:
         audio = long_audio()[: 62 * 16_000]
         steering = separating_steering(model, audio, speech=0, silence=1)
         options = {**WHOLE, "word_timestamps": True, "clip_timestamps": "0,4,30,60"}
-        transcript = transcribe(audio, model, steering=steering, **options)
+        transcript = transcribe(audio, model, steering=steering, decode_withheld=True, **options)
         assert [(w.start, w.end) for w in transcript.suppressed] == [(30, 60)]
         assert transcript.segments and all(s.words is not None for s in transcript.segments)
         word = next(w for s in transcript.segments for w in s.words or ())
@@ -160,7 +166,8 @@ class TestWithheld:
 
     def test_words_only_if_asked_for(self, model: Whisper, audio: np.ndarray) -> None:
         steering = constant_steering(model, 5.0)
-        shown = transcribe(audio, model, steering=steering, **FAST).with_suppressed()
+        found = transcribe(audio, model, steering=steering, decode_withheld=True, **FAST)
+        shown = found.with_suppressed()
         assert [segment.words for segment in shown.segments] == [None]
         assert "words" not in shown.to_dict()["segments"][0]
 
@@ -388,7 +395,7 @@ class TestBundledModel:
     @pytest.mark.parametrize("clip", ["noise", "music"])
     def test_plain_invents_words_and_steered_does_not(self, mini: Whisper, clip: str) -> None:
         plain = transcribe(DEMO / f"{clip}.flac", mini, alpha=0)
-        steered = transcribe(DEMO / f"{clip}.flac", mini)
+        steered = transcribe(DEMO / f"{clip}.flac", mini, decode_withheld=True)
         assert plain.text.strip() and not steered.text.strip()
         assert steered.suppressed and any(window.text for window in steered.suppressed)
         assert steered.suppressed[0].start == 0.0 and 0.5 < steered.suppressed[0].score <= 1.0

@@ -25,6 +25,7 @@ from whisper.tokenizer import get_tokenizer  # noqa: E402
 from whisper_steer import transformers_steering  # noqa: E402
 from whisper_steer.attach import collecting, handles_of, steer  # noqa: E402
 from whisper_steer.audio import load_audio  # noqa: E402
+from whisper_steer.backends.asked import Asked  # noqa: E402
 from whisper_steer.backends.transformers import TransformersBackend  # noqa: E402
 from whisper_steer.errors import MismatchError, UsageError  # noqa: E402
 from whisper_steer.fileformat import encoder_sha256, model_metadata  # noqa: E402
@@ -193,7 +194,8 @@ def test_what_cannot_be_steered():
 def test_withheld_windows_have_no_words(openai, model):
     features = torch.stack([mel(0), mel(1)])
     plain = model.generate(features)
-    with steer(model, steering=first_window_silent(openai, features)) as handle:
+    steering = first_window_silent(openai, features)
+    with steer(model, steering=steering, decode_withheld=True) as handle:
         steered = model.generate(features)
         (record,) = handle.withheld
     assert (plain[0] != model.generation_config.pad_token_id).sum() > 2
@@ -345,7 +347,7 @@ WORDS = "No, Sarah did not cover the little cat. Who has a blue coat?"
 def test_pipeline_short_clips(recogniser, clips):
     batch = [clips["noise"], clips["speech"]]
     plain = [r["text"].strip() for r in recogniser(batch, generate_kwargs=QUICK, batch_size=2)]
-    with steer(recogniser) as handle:
+    with steer(recogniser, decode_withheld=True) as handle:
         steered = [r["text"].strip() for r in recogniser(batch, generate_kwargs=QUICK, batch_size=2)]
         assert handles_of(recogniser) == (handle,)
     assert plain == ["Thank you for watching.", WORDS]
@@ -390,7 +392,7 @@ def test_chunks_find_their_place_over_batches(recogniser):
 
 def test_backend_words_are_those_of_the_reference(mini, clips):
     sound = np.concatenate([np.resize(clips["noise"], 30 * 16000), clips["speech"]])
-    backend, seen = TransformersBackend(mini[1], alpha=1.0), []
+    backend, seen = TransformersBackend(mini[1], Asked(alpha=1.0, decode_withheld=True)), []
     result = backend.transcribe(
         sound, {"temperature": 0.0, "word_timestamps": True}, lambda done, total: seen.append((done, total))
     )
@@ -410,15 +412,15 @@ def test_backend_words_are_those_of_the_reference(mini, clips):
 
 
 def test_backend_at_alpha_0_is_plain(mini, clips):
-    result = TransformersBackend(mini[1], alpha=0).transcribe(clips["noise"], {"beam_size": 1})
+    result = TransformersBackend(mini[1], Asked(alpha=0)).transcribe(clips["noise"], {"beam_size": 1})
     assert result["text"].strip() == "Thank you for watching."
     assert (result["steering"], result["alpha"], result["suppressed"]) == (None, 0.0, [])
-    empty = TransformersBackend(mini[1], alpha=0).transcribe(np.zeros(0, "f4"), {})
+    empty = TransformersBackend(mini[1], Asked(alpha=0)).transcribe(np.zeros(0, "f4"), {})
     assert (empty["text"], empty["segments"]) == ("", [])
 
 
 def test_backend_refuses_what_it_cannot_do(mini):
-    backend = TransformersBackend(mini[1], alpha=0)
+    backend = TransformersBackend(mini[1], Asked(alpha=0))
     for options, message in [
         ({"nonsense": 1}, "unknown option 'nonsense'"),
         ({"hallucination_silence_threshold": 2.0}, "no counterpart of hallucination_silence_threshold"),

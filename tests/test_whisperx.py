@@ -67,7 +67,7 @@ def texts(pipeline: Any, batch_size: int = 3) -> list[str]:
 def test_its_model_is_steered_and_set_free_again() -> None:
     pipeline = load(mini_ct2())
     kinds = type(pipeline.model), type(pipeline.model.model)
-    with whisper_steer.steer(pipeline.model, files=mini_ct2()) as handle:
+    with whisper_steer.steer(pipeline.model, files=mini_ct2(), decode_withheld=True) as handle:
         result = pipeline.transcribe(AUDIO, batch_size=3)["segments"]
         assert [segment["text"] for segment in result] == ["", SPOKEN, ""]
         assert [round(segment["end"], 3) for segment in result] == [round(end, 3) for end in ENDS]
@@ -83,7 +83,7 @@ def test_our_class_in_its_pipeline() -> None:
     class Both(whisperx.WhisperModel, WhisperModel):
         """WhisperX's batches over our model."""
 
-    model = Both(str(mini_ct2()), device="cpu", cpu_threads=1, alpha=1.0)
+    model = Both(str(mini_ct2()), device="cpu", cpu_threads=1, alpha=1.0, decode_withheld=True)
     assert texts(load(mini_ct2(), model)) == ["", SPOKEN, ""]
     assert [record.text for record in model.withheld] == [INVENTED.strip()] * 2
 

@@ -51,7 +51,7 @@ def test_whisper_drops_everything_where_nobody_speaks(tiny_whisper):
     sound = audio(2, 70)
     plain = [tiny_whisper.decode(w, OPTIONS).text for w in _windows(sound)]
     assert all(plain)
-    with steer(tiny_whisper, steering=Steering((), says(True))) as handle:
+    with steer(tiny_whisper, steering=Steering((), says(True)), decode_withheld=True) as handle:
         result = whisper.transcribe(tiny_whisper, sound, fp16=False, sample_len=OPTIONS.sample_len)
         assert result == {"text": "", "segments": [], "language": "en"}
         assert len(handle.withheld) == 3  # one decoding per window: no higher temperature was tried
@@ -59,6 +59,7 @@ def test_whisper_drops_everything_where_nobody_speaks(tiny_whisper):
         assert record.text == plain[0] and record.start is None and record.end is None
         assert record.score == pytest.approx(1 / (1 + math.exp(-10.0)))
         assert record.no_speech_prob < 0.6 and record.avg_logprob < 0
+        assert (record.logit, record.threshold, record.decoded) == (10.0, 0.0, True)
     assert whisper.transcribe(tiny_whisper, sound, **QUICK)["text"] != ""
 
 
@@ -131,11 +132,13 @@ def collected(model, sound, **options):
     ],
 )
 def test_withheld_windows_have_exact_times(tiny_whisper, options):
-    with steer(tiny_whisper, steering=Steering((), says(True))) as handle:
-        kept, withheld = collected(tiny_whisper, audio(2, 70), **options)
-        assert kept == [] and handle.withheld == []
-    assert [w[:3] for w in withheld] == [(0.0, 30.0, 0), (30.0, 60.0, 3000), (60.0, 70.0, 6000)]
-    assert all(record.text for *_, record in withheld)
+    for decode_withheld in (True, False):
+        steering = Steering((), says(True))
+        with steer(tiny_whisper, steering=steering, decode_withheld=decode_withheld) as handle:
+            kept, withheld = collected(tiny_whisper, audio(2, 70), **options)
+            assert kept == [] and handle.withheld == []
+        assert [w[:3] for w in withheld] == [(0.0, 30.0, 0), (30.0, 60.0, 3000), (60.0, 70.0, 6000)]
+        assert all(bool(record.text) == record.decoded == decode_withheld for *_, record in withheld)
 
 
 def test_withheld_clips_have_exact_times(tiny_whisper):
@@ -181,13 +184,15 @@ def test_an_exception_ends_collecting(tiny_whisper):
 # ---------- single decodings
 
 
-def test_decode_withheld_false_does_not_run_the_decoder(tiny_whisper):
+def test_the_decoder_is_run_for_withheld_windows_only_if_asked_for(tiny_whisper):
     runs = []
     tiny_whisper.decoder.register_forward_pre_hook(lambda *a: runs.append(1))
-    with steer(tiny_whisper, steering=Steering((), says(True)), decode_withheld=False) as handle:
+    with steer(tiny_whisper, steering=Steering((), says(True))) as handle:
         result = tiny_whisper.decode(mel(), OPTIONS)
         assert runs == [] and result.text == "" and result.language == "en"
-        assert handle.withheld[0] == Suppressed(None, None, None, pytest.approx(1.0, abs=1e-4), None, None)
+        sure = pytest.approx(1.0, abs=1e-4)
+        assert handle.withheld[0] == Suppressed(None, None, None, sure, None, None, 10.0, 0.0)
+        assert not handle.withheld[0].decoded
         _, withheld = collected(tiny_whisper, audio(1, 45))
         assert runs == [] and [w[:2] for w in withheld] == [(0.0, 30.0), (30.0, 45.0)]
         handle.decode_withheld = True
@@ -244,7 +249,8 @@ def test_encoded_features_pass_through(tiny_whisper):
 
 def test_the_edit_reaches_the_text_and_the_features(tiny_whisper):
     plain = tiny_whisper.decode(mel(), OPTIONS)
-    with steer(tiny_whisper, steering=Steering((shift(2, 3.0),), says(True))) as handle:
+    steering = Steering((shift(2, 3.0),), says(True))
+    with steer(tiny_whisper, steering=steering, decode_withheld=True) as handle:
         found = tiny_whisper.decode(mel(), OPTIONS)
         expected = tiny_whisper.encoder(mel()[None])[0]
         assert torch.equal(found.audio_features, expected)

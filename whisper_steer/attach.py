@@ -40,6 +40,7 @@ __all__ = [
     "Suppressed",
     "WithheldMarker",
     "check_alpha",
+    "check_strength",
     "collecting",
     "handles_of",
     "model_lock",
@@ -55,32 +56,35 @@ _warned_above_one = False
 def steer(
     model: Any,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
+    profile: str | None = None,
     steering: Steering | str | Path | None = None,
-    decode_withheld: bool = True,
+    decode_withheld: bool = False,
     files: str | Path | None = None,
 ) -> Handle:
     """Steer `model` until the handle is removed (`handle.remove()`, or the end of a `with` block).
 
     model: an openai-whisper Whisper, or transformers' WhisperForConditionalGeneration or an ASR pipeline with
     one in it (then steered: the model inside), or a faster-whisper WhisperModel or BatchedInferencePipeline.
-    alpha: 0 = plain Whisper, bit for bit; 1 = the calibrated strength; can be changed later (`handle.alpha`).
+    alpha: 0 = plain Whisper, bit for bit; 1 = the calibrated strength, the default; can be changed later
+    (`handle.alpha`). profile: in its place, one of the steering's own strengths ("gentle", "balanced",
+    "strict": `Steering.profiles`).
     steering: a Steering, a file, or a name of the bundled ones; None = the one bundled for this model.
     decode_withheld: run the decoder on withheld windows too, to learn which words were withheld; False saves
-    the time, and the record's text is then None.
+    the time, and the record's text is then None. What is kept is the same.
     files: the folder that a faster-whisper model was loaded from, which it does not say itself; None: the
     Hugging Face cache is searched.
     Several handles work together: edits in the order of attaching, and each gate may withhold.
 
-    Raises UsageError (alpha, steering or model of the wrong kind), MismatchError (steering of another model,
-    or none bundled for it), FormatError (damaged file), ModelError (the files of a faster-whisper model are
-    not found).
+    Raises UsageError (alpha, profile, steering or model of the wrong kind), MismatchError (steering of
+    another model, or none bundled for it), FormatError (damaged file), ModelError (the files of a
+    faster-whisper model are not found).
     """
-    alpha = check_alpha(alpha)
+    alpha = check_strength(alpha, profile)
     if _is_faster(model):
         from .faster import steer_existing
 
-        return steer_existing(model, alpha, steering, decode_withheld, files)
+        return steer_existing(model, alpha, profile, steering, decode_withheld, files)
     if files is not None:
         raise UsageError("files is for a faster-whisper model: leave it out")
     pipeline = model if is_pipeline(model) else None
@@ -95,7 +99,7 @@ def steer(
     resolved = _resolve_openai(model, steering) if is_openai else _resolve_transformers(model, steering)
     with model_lock(model):
         registry = registry_of(model) or (Registry(model) if is_openai else TransformersRegistry(model))
-        handle = Handle(registry, resolved, alpha, decode_withheld)
+        handle = Handle(registry, resolved, alpha, decode_withheld, profile)
         registry.add(handle)
         if pipeline is not None and isinstance(registry, TransformersRegistry):
             registry.add_pipeline(pipeline)
@@ -127,6 +131,16 @@ def check_alpha(alpha: float) -> float:
     return float(alpha)
 
 
+def check_strength(alpha: float | None, profile: str | None) -> float:
+    """alpha as given, 1 if it is None, after `check_alpha`. With a profile the steering decides later.
+
+    Raises UsageError: both are given, or alpha is not a finite number >= 0.
+    """
+    if alpha is not None and profile is not None:
+        raise UsageError(f"alpha {alpha} and profile {profile!r} are both given: leave one of them out")
+    return 1.0 if alpha is None else check_alpha(alpha)
+
+
 class Owner(Protocol):
     """What a handle is attached to."""
 
@@ -135,12 +149,24 @@ class Owner(Protocol):
 
 
 class Handle:
-    """One steering on one model. A context manager; `remove()` takes it off."""
+    """One steering on one model. A context manager; `remove()` takes it off.
 
-    def __init__(self, registry: Owner, steering: Steering, alpha: float, decode_withheld: bool) -> None:
+    profile: takes the place of alpha; raises UsageError if the steering has no profile of that name.
+    decode_withheld: see `steer`; may be set at any time.
+    """
+
+    def __init__(
+        self,
+        registry: Owner,
+        steering: Steering,
+        alpha: float,
+        decode_withheld: bool = False,
+        profile: str | None = None,
+    ) -> None:
         self._registry: Owner | None = registry
         self._steering = steering
-        self._alpha = alpha
+        self._alpha = alpha if profile is None else steering.alpha_of(profile)
+        self._profile = profile
         self.decode_withheld = decode_withheld
         self._records: deque[Suppressed] = deque(maxlen=MAX_RECORDS)
         self._by_device: dict[torch.device, Steering] = {}
@@ -157,7 +183,17 @@ class Handle:
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self._alpha = check_alpha(value)
+        self._alpha, self._profile = check_alpha(value), None
+
+    @property
+    def profile(self) -> str | None:
+        """The name of the steering's own strength that was asked for; None after a plain alpha. A new one
+        holds from the next window on; setting raises UsageError if the steering has none of that name."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, name: str) -> None:
+        self._alpha, self._profile = self._steering.alpha_of(name), name
 
     @property
     def withheld(self) -> list[Suppressed]:

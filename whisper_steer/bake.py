@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from whisper.model import Whisper
 
+    from .profiles import FrontierPoint
     from .steering import Steering
 
 logger = logging.getLogger("whisper_steer")
@@ -45,7 +46,8 @@ RECORD_VERSION = 1
 class Baked:
     """What `bake` wrote. path: file or folder; record: its metadata file; layers: encoder blocks changed
     (0-based); patched: names of the files whose bytes changed; verified: the steering was found to be for
-    exactly this encoder (False: only width and depth could be compared)."""
+    exactly this encoder (False: only width and depth could be compared); profile: the name that alpha was
+    asked for by; measured: the steering's rates at that alpha, where its file has them."""
 
     path: Path
     record: Path
@@ -55,6 +57,8 @@ class Baked:
     layers: tuple[int, ...]
     patched: tuple[str, ...]
     verified: bool
+    profile: str | None = None
+    measured: FrontierPoint | None = None
 
 
 def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
@@ -83,7 +87,8 @@ def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
 def bake(
     model: str | Path | Whisper = DEFAULT_MODEL,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
+    profile: str | None = None,
     format: str | None = None,
     out: str | Path | None = None,
     steering: Steering | str | Path | None = None,
@@ -91,7 +96,8 @@ def bake(
     again: bool = False,
     download_root: str | Path | None = None,
 ) -> Baked:
-    """Write a model with `alpha` times a Shift in its weights.
+    """Write a model with `alpha` (1 by default) times a Shift in its weights; profile: the steering's alpha
+    of that name in its place.
 
     model: a file or folder of one of the four formats (.pt; transformers folder; CTranslate2 folder; ggml
     file), which is patched: read as a stream, the other files of a folder hard-linked or copied. Else
@@ -102,15 +108,15 @@ def bake(
     Raises UsageError (nothing that can be baked, baked already, `out` exists, ...), MismatchError (steering
     of another model), ModelError, FormatError.
     """
-    from .attach import check_alpha
+    from .attach import check_strength
 
-    alpha = check_alpha(alpha)
+    alpha = check_strength(alpha, profile)
     if format is not None:
         check_dtype(format, dtype)
     source = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     own = format_of(source) if source is not None and source.exists() else None
     if source is None or own is None or format not in (None, own):
-        return _bake_converted(model, alpha, format, out, steering, dtype, download_root)
+        return _bake_converted(model, alpha, profile, format, out, steering, dtype, download_root)
     if dtype is not None:
         raise UsageError(f"{source} is patched as it is and keeps its types: leave --dtype out")
     records = _records(source)
@@ -120,10 +126,12 @@ def bake(
             "unbake it first, or pass --again to add more"
         )
     resolved = _resolve(steering, _readable(source, own) if steering is None else source)
+    alpha = alpha if profile is None else resolved.alpha_of(profile)
     additions = constant_shifts(resolved, alpha)
     verified = _checked(resolved, source, own, records)
     target = Path(out) if out is not None else Path(f"{source.resolve().stem}-baked{source.suffix}")
-    return _write(source, target, own, additions, resolved, alpha, verified, records)
+    done = _write(source, target, own, additions, resolved, alpha, verified, records)
+    return _named(done, resolved, profile)
 
 
 def unbake(path: str | Path, out: str | Path | None = None) -> Path:
@@ -171,6 +179,7 @@ def _put_back(source: Path, target: Path, work: Path, names: Sequence[str]) -> N
 def _bake_converted(
     model: str | Path | Whisper,
     alpha: float,
+    profile: str | None,
     format: str | None,
     out: str | Path | None,
     steering: Steering | str | Path | None,
@@ -188,6 +197,7 @@ def _bake_converted(
     if isinstance(model, (str, Path)):
         loaded = load_model(model, device="cpu", download_root=download_root)
     resolved = _resolve(steering, loaded)
+    alpha = alpha if profile is None else resolved.alpha_of(profile)
     additions = constant_shifts(resolved, alpha)
     resolved.check(loaded)
     name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name", None) or "model")
@@ -198,7 +208,12 @@ def _bake_converted(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bake.") as work:
         converted = convert(loaded, format, Path(work) / target.name, dtype=dtype)  # type: ignore[arg-type]
-        return _write(converted, target, format, additions, resolved, alpha, True, [])
+        done = _write(converted, target, format, additions, resolved, alpha, True, [])
+    return _named(done, resolved, profile)
+
+
+def _named(done: Baked, steering: Steering, profile: str | None) -> Baked:
+    return done if profile is None else replace(done, profile=profile, measured=steering.measured(done.alpha))
 
 
 def _write(

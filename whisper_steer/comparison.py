@@ -91,6 +91,7 @@ class Comparison:
             "model": self.steered.model,
             "steering": self.steered.steering,
             "alpha": self.steered.alpha,
+            "profile": self.steered.profile,
             "duration": self.steered.duration,
             "plain": self.plain.to_dict(),
             "steered": self.steered.to_dict(),
@@ -113,15 +114,17 @@ def compare(
     audio: str | Path | Any,
     model: Whisper,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
+    profile: str | None = None,
     steering: Steering | str | Path | None = None,
+    decode_withheld: bool = False,
     progress: Progress | None = None,
     **whisper_options: Any,
 ) -> Comparison:
     """Transcribe a file or samples with a plain model, then steered, with the same options.
 
-    model: a loaded one without a steering on it. alpha, steering, progress (called over both passes),
-    whisper_options: as in transcribe. Raises what transcribe raises.
+    model: a loaded one without a steering on it. alpha, profile, steering, decode_withheld, progress (called
+    over both passes), whisper_options: as in transcribe. Raises what transcribe raises.
     """
     if handles_of(model):
         raise UsageError("compare needs a plain model: call handle.remove() first")
@@ -130,11 +133,17 @@ def compare(
         steering = (
             steering_for(model) if steering is None else load_steering(steering, getattr(model, "name", None))
         )
-    with steer(model, alpha=alpha, steering=steering):
+    asked: dict[str, Any] = {"alpha": alpha, "profile": profile, "steering": steering}
+    with steer(model, **asked):
         pass  # refuses a bad alpha or another model's steering before the work begins
     plain = transcribe(samples, model, alpha=0, progress=_half(progress, 0), **whisper_options)
     steered = transcribe(
-        samples, model, alpha=alpha, steering=steering, progress=_half(progress, 1), **whisper_options
+        samples,
+        model,
+        **asked,
+        decode_withheld=decode_withheld,
+        progress=_half(progress, 1),
+        **whisper_options,
     )
     seeks = {segment.seek for segment in (*plain.segments, *steered.segments)}
     gate_scores = scores_of_windows(model, samples, seeks, steering.gate) if steering.gate else {}

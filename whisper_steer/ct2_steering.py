@@ -31,7 +31,7 @@ from .ct2_file import MODEL_FILE, added_bytes, ffn_bias_name
 from .edits import Shift
 from .errors import ModelError
 from .passing import Pass, Step
-from .registry import verdicts_of
+from .registry import Verdict, verdicts_of
 from .withholding import Suppressed
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # files beside model.bin that faster-whisper reads, not CTranslate2
 _NOT_CTRANSLATE2 = ("tokenizer.json", "preprocessor_config.json")
-
-Verdict = tuple[Step, float] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +138,7 @@ class _Encoded:
     """An output of our encoder: features (batch, frames, d_model), and per window who withholds it."""
 
     features: Tensor
-    verdicts: list[Verdict]
+    verdicts: list[Verdict | None]
 
 
 class SteeredWhisper:
@@ -220,7 +218,7 @@ class SteeredWhisper:
         if encoded is None or not any(encoded.verdicts):
             return model.generate(features, prompts, **options)
         verdicts = encoded.verdicts
-        rows = [i for i, v in enumerate(verdicts) if v is None or v[0].handle.decode_withheld]
+        rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         decoded: dict[int, Any] = {}
         if rows:
             kept = _storage(encoded.features[rows]) if len(rows) < len(verdicts) else (features, None)
@@ -274,33 +272,32 @@ class SteeredWhisper:
                 self._encoder = encoder
             return self._encoder, self._encoder.conv1.weight.device
 
-    def _withhold(self, verdict: tuple[Step, float], decoded: Any, options: dict[str, Any]) -> Any:
-        step, score = verdict
+    def _withhold(self, verdict: Verdict, decoded: Any, options: dict[str, Any]) -> Any:
         run = _run.get()  # now: an asynchronous result may be asked for elsewhere
         hypotheses = options.get("num_hypotheses", 1)
 
         def finish(result: Any) -> NoWords:
-            withheld = Withheld(step.handle, self._record(result, score, options))
+            withheld = Withheld(verdict.step.handle, self._record(result, verdict, options))
             tokens = NoTokens()
             tokens.withheld = withheld
             if run is None:
-                step.handle.record(withheld.record)
+                withheld.handle.record(withheld.record)
             else:
                 run.withheld.append(withheld)
             return NoWords([[]] * hypotheses, [tokens] * hypotheses, [0.0] * hypotheses)
 
         return _Later(decoded, finish) if options.get("asynchronous") else finish(decoded)
 
-    def _record(self, result: Any, score: float, options: dict[str, Any]) -> Suppressed:
+    def _record(self, result: Any, verdict: Verdict, options: dict[str, Any]) -> Suppressed:
         if result is None:
-            return Suppressed(None, None, None, score, None, None)
+            return verdict.record(None)
         tokens = result.sequences_ids[0]
         average = None
         if options.get("return_scores") and result.scores:
             # CTranslate2 divides the sum by length ** penalty; Whisper's average counts the end token, too
             average = result.scores[0] * len(tokens) ** options.get("length_penalty", 1) / (len(tokens) + 1)
         no_speech = result.no_speech_prob if options.get("return_no_speech_prob") else None
-        return Suppressed(None, None, self._to_text(tokens), score, no_speech, average)
+        return verdict.record(self._to_text(tokens), no_speech, average)
 
 
 def _is_constant(step: Step) -> bool:

@@ -33,7 +33,7 @@ from typing import Any
 import faster_whisper
 from faster_whisper.utils import download_model
 
-from .attach import Handle, check_alpha, resolve_steering
+from .attach import Handle, check_alpha, check_strength, resolve_steering
 from .ct2_encoder import Ct2View
 from .ct2_search import find_folder
 from .ct2_steering import Ct2Source, NoTokens, Run, SteeredWhisper, Withheld, read_files
@@ -123,9 +123,11 @@ def _watched(segments: Iterator[Any]) -> Iterator[Any]:
 class WhisperModel(faster_whisper.WhisperModel):
     """faster_whisper.WhisperModel, steered. Takes its parameters, and:
 
-    alpha: 0 = plain faster-whisper, bit for bit; 1 = the calibrated strength; `model.alpha = ...` changes it
-    from the next window on. steering: a Steering, a file, or a name; None = the one kept for the model (not
-    looked for at alpha 0). decode_withheld: decode withheld windows too, to learn which words were withheld.
+    alpha: 0 = plain faster-whisper, bit for bit; 1 = the calibrated strength, the default; `model.alpha =
+    ...` changes it from the next window on. profile: in its place, one of the steering's own strengths
+    ("gentle", "balanced", "strict"); `model.profile = ...` changes it. steering: a Steering, a file, or a
+    name; None = the one kept for the model (not looked for at alpha 0). decode_withheld: decode withheld
+    windows too, to learn which words were withheld.
 
     Raises what faster-whisper raises, and UsageError, MismatchError, FormatError as `whisper_steer.steer`.
     """
@@ -133,18 +135,19 @@ class WhisperModel(faster_whisper.WhisperModel):
     model: Any  # a SteeredWhisper
     _own: Handle | None = None
     _steering: Steering | str | Path | None = None
-    _decode_withheld = True
+    _decode_withheld = False
     _name = ""
 
     def __init__(
         self,
         *args: Any,
-        alpha: float = 1.0,
+        alpha: float | None = None,
+        profile: str | None = None,
         steering: Steering | str | Path | None = None,
-        decode_withheld: bool = True,
+        decode_withheld: bool = False,
         **kwargs: Any,
     ) -> None:
-        alpha = check_alpha(alpha)
+        alpha = check_strength(alpha, profile)
         bound = inspect.signature(faster_whisper.WhisperModel.__init__).bind(self, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -167,11 +170,11 @@ class WhisperModel(faster_whisper.WhisperModel):
         self.model = SteeredWhisper(self.model, source, _to_text(self))
         self._name, self._steering, self._decode_withheld = name, steering, decode_withheld
         if alpha > 0 or steering is not None:
-            self._attach(alpha)
+            self._attach(alpha, profile)
 
-    def _attach(self, alpha: float) -> None:
+    def _attach(self, alpha: float, profile: str | None = None) -> None:
         resolved = _resolve(self.model.source, self._name, self._steering)
-        self._own = Handle(self.model, resolved, alpha, self._decode_withheld)
+        self._own = Handle(self.model, resolved, alpha, self._decode_withheld, profile)
         self.model.add(self._own)
 
     def _handle(self) -> Handle | None:
@@ -192,6 +195,21 @@ class WhisperModel(faster_whisper.WhisperModel):
             handle.alpha = value
         elif value > 0:
             self._attach(value)
+
+    @property
+    def profile(self) -> str | None:
+        """The steering's own strength that was asked for by name; None after a plain alpha. Setting raises
+        UsageError (the steering has none of that name), MismatchError (no steering is kept for the model)."""
+        handle = self._handle()
+        return None if handle is None else handle.profile
+
+    @profile.setter
+    def profile(self, name: str) -> None:
+        handle = self._handle()
+        if handle is not None:
+            handle.profile = name
+        else:
+            self._attach(1.0, name)
 
     @property
     def steering(self) -> Steering | None:
@@ -239,6 +257,16 @@ class BatchedInferencePipeline(faster_whisper.BatchedInferencePipeline):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self.model.alpha = value
+
+    @property
+    def profile(self) -> str | None:
+        """That of the model."""
+        profile: str | None = self.model.profile
+        return profile
+
+    @profile.setter
+    def profile(self, name: str) -> None:
+        self.model.profile = name
 
     @property
     def withheld(self) -> list[Suppressed]:
@@ -292,6 +320,7 @@ def handles_of(model: Any) -> tuple[Handle, ...]:
 def steer_existing(
     model: Any,
     alpha: float,
+    profile: str | None,
     steering: Steering | str | Path | None,
     decode_withheld: bool,
     files: str | Path | None,
@@ -318,10 +347,12 @@ def steer_existing(
         }
         source = Ct2Source(str(find_folder(ct2, files)), None, options)
     resolved = _resolve(source, getattr(whisper, "_name", "") or source.path, steering)
+    if profile is not None:
+        resolved.alpha_of(profile)  # refused before anything is installed
     steered = whisper.model if isinstance(whisper.model, SteeredWhisper) else _Dressed(whisper, source)
     if pipeline is not None and isinstance(steered, _Dressed):
         steered.dress(pipeline, faster_whisper.BatchedInferencePipeline, BatchedInferencePipeline)
-    handle = Handle(steered, resolved, alpha, decode_withheld)
+    handle = Handle(steered, resolved, alpha, decode_withheld, profile)
     steered.add(handle)
     return handle
 

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,6 +54,31 @@ def model_lock(model: nn.Module) -> threading.RLock:
 def registry_of(model: nn.Module) -> Registry | None:
     """The model's registry, None if it is not steered."""
     return _registries.get(model)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """A window is withheld: by whom, its logit that nobody speaks, and the threshold that it is above."""
+
+    step: Step
+    logit: float
+    threshold: float
+
+    @property
+    def decode(self) -> bool:
+        """Shall the decoder run all the same?"""
+        return self.step.handle.decode_withheld
+
+    def record(
+        self,
+        text: str | None,
+        no_speech_prob: float | None = None,
+        avg_logprob: float | None = None,
+        times: tuple[float | None, float | None] = (None, None),
+    ) -> Suppressed:
+        """What is kept of the window. text and the decoder's scores: None if it was not run."""
+        score = probability(self.logit)
+        return Suppressed(*times, text, score, no_speech_prob, avg_logprob, self.logit, self.threshold)
 
 
 class Registry:
@@ -219,14 +244,14 @@ class Registry:
     def _decode_gated(
         self,
         features: Tensor,
-        verdicts: list[tuple[Step, float] | None],
+        verdicts: list[Verdict | None],
         options: DecodingOptions,
         again: bool,
     ) -> list[DecodingResult]:
-        """features: (batch, n_audio_ctx, n_audio_state); verdicts: per window None, or who withholds it and
-        how surely; again: this very window was decoded just before, at another temperature."""
+        """features: (batch, n_audio_ctx, n_audio_state); verdicts: per window None, or why it is withheld;
+        again: this very window was decoded just before, at another temperature."""
         model = self._living_model()
-        rows = [i for i, v in enumerate(verdicts) if v is None or v[0].handle.decode_withheld]
+        rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         decoded: dict[int, DecodingResult] = {}
         if rows:
             chosen = features if len(rows) == len(features) else features[rows]
@@ -237,15 +262,16 @@ class Registry:
             if verdict is None:
                 results.append(decoded[i])
                 continue
-            step, score = verdict
-            record = _record(decoded.get(i), score)
-            empty = decoded.get(i) or _not_decoded(features[i], options, model)
+            found = decoded.get(i)
+            scores = () if found is None else (found.no_speech_prob, found.avg_logprob)
+            record = verdict.record(None if found is None else found.text, *scores)
+            empty = found or _not_decoded(features[i], options, model)
             if collector is not None:
                 collector.records.append(record)
                 results.append(marked(empty, options.temperature, record))
                 continue
             if not again:
-                step.handle.record(record)
+                verdict.step.handle.record(record)
             results.append(skipped(empty))
         return results
 
@@ -257,9 +283,9 @@ class Registry:
         return previous is not None and previous() is mel
 
 
-def verdicts_of(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
-    """Per window: the first step that withholds it with the probability that nobody speaks, or None."""
-    verdicts: list[tuple[Step, float] | None] = []
+def verdicts_of(steps: tuple[Step, ...]) -> list[Verdict | None]:
+    """Per window: None, or the verdict of the first step that withholds it."""
+    verdicts: list[Verdict | None] = []
     judges = [(step, step.steering.gate, step.window_logit) for step in steps]
     columns = [
         (step, gate.window_threshold(step.alpha), logits.tolist())
@@ -269,7 +295,7 @@ def verdicts_of(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
     for i in range(len(columns[0][2]) if columns else 0):
         verdicts.append(
             next(
-                ((step, probability(logits[i])) for step, limit, logits in columns if logits[i] > limit),
+                (Verdict(step, logits[i], limit) for step, limit, logits in columns if logits[i] > limit),
                 None,
             )
         )
@@ -278,12 +304,6 @@ def verdicts_of(steps: tuple[Step, ...]) -> list[tuple[Step, float] | None]:
 
 def probability(logit: float) -> float:
     return float(torch.sigmoid(torch.tensor(logit, dtype=torch.float64)))
-
-
-def _record(result: DecodingResult | None, score: float) -> Suppressed:
-    if result is None:
-        return Suppressed(None, None, None, score, None, None)
-    return Suppressed(None, None, result.text, score, result.no_speech_prob, result.avg_logprob)
 
 
 def _not_decoded(features: Tensor, options: DecodingOptions, model: Whisper) -> DecodingResult:

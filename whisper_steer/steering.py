@@ -6,6 +6,7 @@ The parts are documented where they are defined (edits.py, gate.py) and can all 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from .fileformat import encoder_sha256, load_tensors, model_name, save_tensors
 from .gate import Gate
 from .plaindata import moved, split, with_prefix
 from .probe import Probe
+from .profiles import FrontierPoint, alpha_of, point_at, read_frontier, read_profiles
 
-__all__ = ["Edit", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering"]
+__all__ = ["Edit", "FrontierPoint", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering"]
 
 logger = logging.getLogger("whisper_steer")
 
@@ -48,7 +50,8 @@ class Steering:
     the gate's last one: the blocks between them are then run again, for the windows that the edit changes
     (registry.Pass).
     metadata: name, base_model, encoder_sha256, d_model, n_layers, calibrated_on, rates, recipe, licence, ...
-    (`fileformat.model_metadata(model)` gives the ones that `check` compares).
+    (`fileformat.model_metadata(model)` gives the ones that `check` compares); profiles and frontier: see
+    profiles.py.
     """
 
     edits: tuple[Edit, ...]
@@ -63,6 +66,8 @@ class Steering:
         widths = sorted({part.d_model for part in parts})
         if len(widths) > 1:
             raise UsageError(f"a steering's parts have different d_model: {', '.join(map(str, widths))}")
+        read_profiles(self.metadata)  # a damaged record is refused now, not when it is asked for
+        read_frontier(self.metadata)
 
     @property
     def d_model(self) -> int:
@@ -79,6 +84,29 @@ class Steering:
         """Layers of edits that come before the gate's last one, ascending."""
         last = -1 if self.gate is None else self.gate.layer
         return tuple(sorted({edit.layer for edit in self.edits if edit.layer < last}))
+
+    @property
+    def name(self) -> str:
+        return str(self.metadata.get("name") or "unnamed")
+
+    @property
+    def profiles(self) -> Mapping[str, float]:
+        """Named strengths: name -> alpha, ascending, read-only; empty if none are stored."""
+        return read_profiles(self.metadata)
+
+    @property
+    def frontier(self) -> tuple[FrontierPoint, ...]:
+        """What the calibration measured at some alphas, ascending; empty if none are stored."""
+        return read_frontier(self.metadata)
+
+    def alpha_of(self, profile: str) -> float:
+        """The alpha of a profile. Raises UsageError (no such profile, or none at all)."""
+        base = self.metadata.get("base_model")
+        return alpha_of(self.profiles, profile, self.name, None if base is None else str(base))
+
+    def measured(self, alpha: float) -> FrontierPoint | None:
+        """The frontier's point at this very alpha, if one was measured."""
+        return point_at(self.frontier, alpha)
 
     def edit(self, x: Tensor, layer: int, alpha: float, frame_gate: Tensor | None = None) -> Tensor:
         """Apply this layer's edits to x (batch, frames, d_model); x itself if there is nothing to do.
@@ -105,7 +133,10 @@ class Steering:
         d, n = model.dims.n_audio_state, model.dims.n_audio_layer
         own_n = self.metadata.get("n_layers")
         own_name, name = self.metadata.get("base_model") or "an unknown model", model_name(model)
-        way_out = f"pass steering=... made for it, or make one with: python -m calibration.fit --model {name}"
+        way_out = (
+            f"pass steering=... made for it, or make one: whisper-steer calibrate --model {name} "
+            "--nonspeech DIR --speech MANIFEST --out FILE"
+        )
         if self.d_model != d or (own_n is not None and own_n != n) or max(self.layers) >= n:
             blocks = f"{own_n} blocks" if own_n is not None else f"at least {max(self.layers) + 1} blocks"
             raise MismatchError(

@@ -61,8 +61,9 @@ class Transcript:
     """What was said, and what was withheld because nobody spoke.
 
     text: all segments' words. language: a code such as "en". duration: seconds of audio. suppressed: withheld
-    windows in time order, with what would have been written. model: its name. steering: name(s), None for
-    plain Whisper. alpha: 0 for plain Whisper; None if several steerings with different alphas were at work.
+    windows in time order; what would have been written in them is known only with `decode_withheld`. model:
+    its name. steering: name(s), None for plain Whisper. alpha: 0 for plain Whisper; None if several steerings
+    with different alphas were at work. profile: the name that alpha was asked for by, None for a plain alpha.
     """
 
     text: str
@@ -73,6 +74,7 @@ class Transcript:
     model: str
     steering: str | None
     alpha: float | None
+    profile: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """openai-whisper's result dict ("text", "segments", "language"), plus "suppressed": plain JSON
@@ -86,7 +88,7 @@ class Transcript:
 
     def with_suppressed(self) -> Transcript:
         """The same with every withheld text among the segments, in time order, as plain Whisper would have
-        it.
+        it. Windows that were not decoded (no `decode_withheld`) have no text and stay out.
 
         Where the others have word timestamps, such a segment has one "word": its whole text.
         """
@@ -104,7 +106,9 @@ def transcribe(
     model: str | Path | Whisper | Any = DEFAULT_MODEL,
     *,
     alpha: float | None = None,
+    profile: str | None = None,
     steering: Steering | str | Path | None = None,
+    decode_withheld: bool | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
     download_root: str | Path | None = None,
@@ -114,8 +118,11 @@ def transcribe(
     """Transcribe a file, or mono 16 kHz samples (n,) as an array or tensor.
 
     model: what load_model takes, or a loaded model (much cheaper for many files). alpha: 0 plain Whisper .. 1
-    calibrated strength; None is 1, or what a model that is steered already has. steering: a Steering, a file
-    or a name; None is the one kept for the model. Both must be left out if the model is steered already.
+    calibrated strength; None is 1, or what a model that is steered already has. profile: in its place, one of
+    the steering's own strengths ("gentle", "balanced", "strict"). steering: a Steering, a file or a name;
+    None is the one kept for the model. decode_withheld: decode withheld windows too, so that
+    `Transcript.suppressed` has their words; None is False, or what the model's handle has. All four must be
+    left out if the model is steered already.
     backend: "openai", "faster" or "transformers"; None: what suits the model (faster for CTranslate2's).
     device, download_root: see load_model. progress: called with (seconds done, seconds in all).
     whisper_options: those of whisper.transcribe (language, beam_size, temperature, word_timestamps, ...); for
@@ -128,7 +135,9 @@ def transcribe(
         backend or backend_for(model)[0],
         model,
         alpha=alpha,
+        profile=profile,
         steering=steering,
+        decode_withheld=decode_withheld,
         device=device,
         download_root=download_root,
     )
@@ -147,6 +156,7 @@ def transcribe(
         model=result["model"],
         steering=result["steering"],
         alpha=result["alpha"],
+        profile=result["profile"],
     )
 
 

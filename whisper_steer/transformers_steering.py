@@ -26,18 +26,15 @@ from torch import Tensor, nn
 from whisper.model import ModelDimensions
 
 from .convert_hf import DIMS, openai_name
-from .passing import Step
-from .registry import Registry, verdicts_of
+from .registry import Registry, Verdict, verdicts_of
 from .transformers_model import vocabulary
 from .transformers_pipeline import PipelineWatch
-from .withholding import Suppressed, active_collector
+from .withholding import active_collector
 
 FRAME_SECONDS = 0.01  # a mel frame
 WINDOW_SECONDS = 30.0
 _TIMES_A_WINDOW = 1500  # timestamp tokens, 20 ms apart
 _FP16_MARGIN = 1000  # transformers clamps half precision outputs this far below the largest number
-
-Verdict = tuple[Step, float] | None
 
 
 def is_transformers_model(model: Any) -> bool:
@@ -99,11 +96,11 @@ class _Windows:
     """One call of `generate_with_fallback`: what is found out about its windows while it runs."""
 
     count: int
-    verdicts: list[Verdict] = field(default_factory=list)  # set by the first encoder pass
+    verdicts: list[Verdict | None] = field(default_factory=list)  # set by the first encoder pass
     judged: int = 0  # windows that were asked about; the first `count` questions come in their order
     avg_logprobs: dict[int, float] = field(default_factory=dict)
 
-    def verdict(self, row: int) -> Verdict:
+    def verdict(self, row: int) -> Verdict | None:
         return self.verdicts[row] if row < len(self.verdicts) else None
 
 
@@ -233,7 +230,7 @@ class TransformersRegistry(Registry):
         with torch.no_grad():
             features = self._living_model().model.encoder(arguments["segment_input"])[0]
         verdicts = [windows.verdict(row) for row in range(count)]
-        rows = [i for i, v in enumerate(verdicts) if v is None or v[0].handle.decode_withheld]
+        rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         windows.verdicts = [verdicts[row] for row in rows]
         windows.count = len(rows)
         chosen = _only(arguments, rows)
@@ -266,18 +263,17 @@ class TransformersRegistry(Registry):
             verdict = windows.verdict(row)
             if verdict is None:
                 continue
-            step, score = verdict
-            spared = len(sequences[row]) == 0 and not step.handle.decode_withheld
-            record = Suppressed(
-                *self._times(arguments, row),
+            spared = len(sequences[row]) == 0 and not verdict.decode
+            processors = None if spared else arguments.get("logits_processor")  # not of an earlier window
+            record = verdict.record(
                 None if spared else self._text(sequences[row]),
-                score,
-                _no_speech_prob(arguments.get("logits_processor"), row, windows.count),
+                _no_speech_prob(processors, row, windows.count),
                 windows.avg_logprobs.get(row),
+                self._times(arguments, row),
             )
             collector = active_collector(self._living_model())
             if collector is None:
-                step.handle.record(record)
+                verdict.step.handle.record(record)
             else:
                 collector.records.append(record)
             sequences[row] = self._nothing(sequences[row], arguments)

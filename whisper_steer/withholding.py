@@ -22,12 +22,14 @@ from whisper.decoding import DecodingResult
 
 @dataclass(frozen=True)
 class Suppressed:
-    """Words that were withheld because the gate found nobody speaking in their window.
+    """A window without words because the gate found nobody speaking in it.
 
     start, end: seconds; None where only a window was decoded and its place in the audio is not known.
-    text: what the decoder wrote ("" if it wrote nothing); None if it was not run.
-    score: probability (0..1) that nobody speaks, by the gate. no_speech_prob, avg_logprob: the decoder's own
-    scores, None if it was not run.
+    text: what the decoder would have written ("" if nothing); None if it was not run, which is what
+    `decode_withheld=False` saves. score: probability (0..1) that nobody speaks, by the gate. no_speech_prob,
+    avg_logprob: the decoder's own scores, None if it was not run. logit: the gate's window logit, of which
+    `score` is the sigmoid. threshold: the logit above which a window was withheld, at the alpha of that
+    moment. Both are None in records that are not of a gate's making.
     """
 
     start: float | None
@@ -36,6 +38,13 @@ class Suppressed:
     score: float
     no_speech_prob: float | None
     avg_logprob: float | None
+    logit: float | None = None
+    threshold: float | None = None
+
+    @property
+    def decoded(self) -> bool:
+        """Was the decoder run, so that the withheld words are known?"""
+        return self.text is not None
 
 
 class WithheldMarker(float):

@@ -107,11 +107,12 @@ def load_model(
     name: str | Path = DEFAULT_MODEL,
     *,
     alpha: float | None = None,
+    profile: str | None = None,
     steering: Steering | str | Path | None = None,
     device: str | torch.device | None = None,
     download_root: str | Path | None = None,
 ) -> Whisper:
-    """A plain whisper.Whisper, in evaluation mode; with `alpha`, already steered (its handle:
+    """A plain whisper.Whisper, in evaluation mode; with `alpha` or `profile`, already steered (its handle:
     handles_of(model)).
 
     name: a bundled model ("mini.en"), an openai-whisper name ("small.en"; downloaded and checksummed by
@@ -123,16 +124,16 @@ def load_model(
     without alpha), MismatchError (steering of another model).
     """
 
-    if steering is not None and alpha is None:
+    if steering is not None and alpha is None and profile is None:
         raise UsageError("steering is given without alpha: pass alpha=1.0 too")
     target = _device(device)
     model, label = _load_plain(str(name), download_root)
     model = model.to(target).eval()
     model.name = label
-    if alpha is not None:
+    if alpha is not None or profile is not None:
         from .attach import steer
 
-        steer(model, alpha=alpha, steering=steering)
+        steer(model, alpha=alpha, profile=profile, steering=steering)
     return model
 
 

@@ -34,7 +34,8 @@ class Backend(Protocol):
         """audio: mono 16 kHz samples (n,). options: the runtime's own.
 
         Returns openai-whisper's result dict, withheld windows left out of "segments" and listed under
-        "suppressed" (list[Suppressed], with times); also "model" (name), "steering" (name or None), "alpha".
+        "suppressed" (list[Suppressed], with times); also "model" (name), "steering" (name or None), "alpha",
+        "profile" (name or None).
         """
 
     def close(self) -> None:
@@ -46,33 +47,34 @@ def make_backend(
     model: Any,
     *,
     alpha: float | None = None,
+    profile: str | None = None,
     steering: Steering | str | Path | None = None,
+    decode_withheld: bool | None = None,
     device: Any = None,
     download_root: str | Path | None = None,
     threads: int = 0,
 ) -> Backend:
     """The backend of this name. Raises UsageError for an unknown one.
 
+    alpha, profile, steering, decode_withheld: as `steer` takes them; None: see asked.Asked.
     threads: CPU threads of a model that faster-whisper loads, 0: its choice; the other backends use torch's.
     """
-    given: dict[str, Any] = {
-        "alpha": alpha,
-        "steering": steering,
-        "device": device,
-        "download_root": download_root,
-    }
+    from .asked import Asked
+
+    asked = Asked(alpha, profile, steering, decode_withheld)
+    given: dict[str, Any] = {"device": device, "download_root": download_root}
     if name == "openai":
         from .openai import OpenAIBackend
 
-        return OpenAIBackend(model, **given)
+        return OpenAIBackend(model, asked, **given)
     if name == "faster":
         from .faster import FasterBackend
 
-        return FasterBackend(model, **given, cpu_threads=threads)
+        return FasterBackend(model, asked, **given, cpu_threads=threads)
     if name == "transformers":
         from .transformers import TransformersBackend
 
-        return TransformersBackend(model, **given)
+        return TransformersBackend(model, asked, **given)
     raise UsageError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
 
 

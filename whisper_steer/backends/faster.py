@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faster_whisper
 
 from .. import faster
-from ..attach import Handle, check_alpha, handles_of, steer
 from ..audio import SAMPLING_RATE
 from ..ct2_encoder import plain_name
 from ..ct2_steering import SteeredWhisper
 from ..errors import ModelError, UsageError
 from ..withholding import collecting
+from .asked import Asked, at_work
 from .openai import option_names
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from ..steering import Steering
     from . import Progress
 
 
@@ -65,17 +63,15 @@ class FasterBackend:
     """One faster-whisper model, given or loaded by name, steered for the length of each call of `transcribe`.
 
     model: a folder with a model.bin, a size or hub id that faster-whisper downloads, or a loaded
-    WhisperModel (whisper_steer.faster's or faster-whisper's own). alpha None: 1, unless the model is steered
-    already. alpha 0: plain Whisper, no steering is looked for. cpu_threads: of a named model;
-    0: CTranslate2's choice.
+    WhisperModel (whisper_steer.faster's or faster-whisper's own). asked.alpha 0: plain Whisper, no steering
+    is looked for. cpu_threads: of a named model; 0: CTranslate2's choice.
     """
 
     def __init__(
         self,
         model: Any,
+        asked: Asked = Asked(),  # noqa: B008  frozen
         *,
-        alpha: float | None = None,
-        steering: Steering | str | Path | None = None,
         device: str | torch.device | None = None,
         download_root: str | Path | None = None,
         cpu_threads: int = 0,
@@ -89,8 +85,7 @@ class FasterBackend:
                 "faster-whisper knows, or a faster-whisper WhisperModel"
             )
         self._given = model
-        self._alpha = None if alpha is None else check_alpha(alpha)
-        self._steering = steering
+        self._asked = asked
         self._device = device
         self._download_root = download_root
         self._cpu_threads = cpu_threads
@@ -116,8 +111,8 @@ class FasterBackend:
         """
         arguments = _arguments(options)
         model = self.load()
-        seconds = len(audio) / SAMPLING_RATE
-        with self._steered(model) as handles, collecting(model) as collector:
+        seconds, ours = len(audio) / SAMPLING_RATE, model is not self._given
+        with self._asked.steered(model, ours) as handles, collecting(model) as collector:
             try:
                 found, info = model.transcribe(audio, **arguments)
                 segments: list[dict[str, Any]] = []
@@ -135,15 +130,13 @@ class FasterBackend:
                 ) from error
         if progress is not None:
             progress(seconds, seconds)
-        alphas = {handle.alpha for handle in handles}
         return {
             "text": "".join(segment["text"] for segment in segments),
             "segments": segments,
             "language": info.language,
             "suppressed": list(collector.records),
             "model": self._name(model),
-            "steering": " + ".join(_name(handle) for handle in handles) or None,
-            "alpha": alphas.pop() if len(alphas) == 1 else None if alphas else 0.0,
+            **at_work(handles),
         }
 
     def close(self) -> None:
@@ -161,9 +154,8 @@ class FasterBackend:
         if self._download_root is not None:
             options["download_root"] = str(self._download_root)
         options["cpu_threads"] = self._cpu_threads
-        alpha = 1.0 if self._alpha is None else self._alpha
         try:
-            return faster.WhisperModel(name, alpha=alpha, steering=self._steering, **options)
+            return faster.WhisperModel(name, **self._asked.strength, **options)
         except UsageError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # faster-whisper's, CTranslate2's and the hub's
@@ -179,22 +171,6 @@ class FasterBackend:
         return plain_name(
             getattr(model, "_name", "") or given or (steered.source.path if steered else "unnamed")
         )
-
-    @contextmanager
-    def _steered(self, model: Any) -> Iterator[tuple[Handle, ...]]:
-        """The handles at work: the model's own, or one of ours for the length of the block."""
-        own, ours = handles_of(model), self._model is not self._given
-        if own and not ours and (self._alpha is not None or self._steering is not None):
-            raise UsageError(
-                f"the model is steered already ({', '.join(map(repr, own))}): leave alpha and steering out, "
-                "set handle.alpha, or handle.remove() first"
-            )
-        if own or self._alpha == 0:
-            yield own
-        else:
-            alpha = 1.0 if self._alpha is None else self._alpha
-            with steer(model, alpha=alpha, steering=self._steering) as handle:
-                yield (handle,)
 
 
 def is_ct2_folder(path: str | Path) -> bool:
@@ -249,7 +225,3 @@ def _segment(segment: Any, number: int) -> dict[str, Any]:
         names = ("word", "start", "end", "probability")
         found["words"] = [{name: getattr(word, name) for name in names} for word in segment.words]
     return found
-
-
-def _name(handle: Handle) -> str:
-    return str(handle.steering.metadata.get("name") or "unnamed")

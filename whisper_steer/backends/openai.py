@@ -17,34 +17,32 @@ from whisper.audio import FRAMES_PER_SECOND
 from whisper.decoding import DecodingOptions
 from whisper.model import Whisper
 
-from ..attach import Handle, check_alpha, handles_of, steer
 from ..errors import UsageError
 from ..fileformat import model_name
 from ..registry import model_lock
 from ..withholding import Suppressed, WithheldMarker, collecting
 from ..zoo import load_model
+from .asked import Asked, at_work
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-    from ..steering import Steering
     from . import Progress
 
 
 class OpenAIBackend:
     """One openai-whisper model, given or loaded by name, steered for the length of each call of `transcribe`.
 
-    alpha None: 1, unless the model is steered already. alpha 0: plain Whisper, no steering is looked for.
+    asked.alpha 0: plain Whisper, no steering is looked for.
     """
 
     def __init__(
         self,
         model: Whisper | str | Path,
+        asked: Asked = Asked(),  # noqa: B008  frozen
         *,
-        alpha: float | None = None,
-        steering: Steering | str | Path | None = None,
         device: str | torch.device | None = None,
         download_root: str | Path | None = None,
     ) -> None:
@@ -55,8 +53,7 @@ class OpenAIBackend:
                 f"model is a {type(model).__name__}: expected a name, a path or a whisper.Whisper"
             )
         self._given = model
-        self._alpha = None if alpha is None else check_alpha(alpha)
-        self._steering = steering
+        self._asked = asked
         self._device = device
         self._download_root = download_root
         self._model: Whisper | None = None
@@ -89,7 +86,8 @@ class OpenAIBackend:
         options = dict(options)
         if model.device.type == "cpu":
             options["fp16"] = False
-        with model_lock(model), self._steered(model) as handles, collecting(model), _reporting(progress):
+        asked = self._asked
+        with model_lock(model), asked.steered(model) as handles, collecting(model), _reporting(progress):
             try:
                 result: dict[str, Any] = whisper.transcribe(model, audio, **options)
             except UsageError:
@@ -97,32 +95,11 @@ class OpenAIBackend:
             except ValueError as error:  # how openai-whisper refuses a language, a beam size, ...
                 raise UsageError(str(error)) from error
         result["segments"], result["suppressed"] = _split(result["segments"])
-        alphas = {handle.alpha for handle in handles}
         result["model"] = model_name(model)
-        result["steering"] = " + ".join(_name(handle) for handle in handles) or None
-        result["alpha"] = alphas.pop() if len(alphas) == 1 else None if alphas else 0.0
-        return result
+        return {**result, **at_work(handles)}
 
     def close(self) -> None:
         self._model = None
-
-    @contextmanager
-    def _steered(self, model: Whisper) -> Iterator[tuple[Handle, ...]]:
-        """The handles at work: the model's own, or one of ours for the length of the block."""
-        own = handles_of(model)
-        if own and (self._alpha is not None or self._steering is not None):
-            raise UsageError(
-                f"the model is steered already ({', '.join(map(repr, own))}): leave alpha and steering out, "
-                "set handle.alpha, or handle.remove() first"
-            )
-        if own:
-            yield own
-        elif self._alpha == 0:
-            yield ()
-        else:
-            alpha = 1.0 if self._alpha is None else self._alpha
-            with steer(model, alpha=alpha, steering=self._steering) as handle:
-                yield (handle,)
 
 
 def option_names() -> set[str]:
@@ -133,10 +110,6 @@ def option_names() -> set[str]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     return own | {field.name for field in dataclasses.fields(DecodingOptions)}
-
-
-def _name(handle: Handle) -> str:
-    return str(handle.steering.metadata.get("name") or "unnamed")
 
 
 def _split(segments: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Suppressed]]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from whisper.utils import compression_ratio
 
-from ..attach import Handle, check_alpha, handles_of, steer
 from ..audio import SAMPLING_RATE
 from ..convert_hf import is_transformers_folder
 from ..errors import ModelError, UsageError
@@ -22,13 +21,13 @@ from ..transformers_model import from_openai, require_transformers, vocabulary
 from ..transformers_steering import OpenAIView, is_pipeline, is_transformers_model
 from ..withholding import collecting
 from ..zoo import load_model
+from .asked import Asked, at_work
 from .openai import option_names
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..steering import Steering
     from . import Progress
 
 # openai-whisper's name: transformers'
@@ -66,15 +65,14 @@ class TransformersBackend:
     """One transformers Whisper (or an ASR pipeline's), given or loaded by name, steered for the length of
     each call of `transcribe`.
 
-    alpha None: 1, unless the model is steered already. alpha 0: plain Whisper, no steering is looked for.
+    asked.alpha 0: plain Whisper, no steering is looked for.
     """
 
     def __init__(
         self,
         model: Any,
+        asked: Asked = Asked(),  # noqa: B008  frozen
         *,
-        alpha: float | None = None,
-        steering: Steering | str | Path | None = None,
         device: str | torch.device | None = None,
         download_root: str | Path | None = None,
     ) -> None:
@@ -88,8 +86,7 @@ class TransformersBackend:
                 "WhisperForConditionalGeneration or ASR pipeline"
             )
         self._given = model
-        self._alpha = None if alpha is None else check_alpha(alpha)
-        self._steering = steering
+        self._asked = asked
         self._device = device
         self._download_root = download_root
         self._model: Any = None
@@ -125,20 +122,18 @@ class TransformersBackend:
             for name in ("language", "task"):
                 arguments.pop(name, None)  # transformers refuses them for English-only models
         words = bool(options.get("word_timestamps"))
-        with model_lock(model), self._steered(model) as handles, collecting(model) as collector:
+        with model_lock(model), self._asked.steered(model) as handles, collecting(model) as collector:
             with _noting(model) as notes:
                 output = self._generate(model, audio, arguments, words, progress)
             segments = [_segment(s, notes, tokenizer, words) for s in output]
         kept = [{**s, "id": i} for i, s in enumerate(s for s in segments if s["text"].strip())]
-        alphas = {handle.alpha for handle in handles}
         return {
             "text": "".join(segment["text"] for segment in kept),
             "segments": kept,
             "language": _language(output, model) or options.get("language") or "en",
             "suppressed": list(collector.records),
             "model": model_name(OpenAIView(model)),
-            "steering": " + ".join(_name(handle) for handle in handles) or None,
-            "alpha": alphas.pop() if len(alphas) == 1 else None if alphas else 0.0,
+            **at_work(handles),
         }
 
     def close(self) -> None:
@@ -202,24 +197,6 @@ class TransformersBackend:
             progress(seconds, seconds)
         segments: list[dict[str, Any]] = output["segments"][0]
         return segments
-
-    @contextmanager
-    def _steered(self, model: Any) -> Iterator[tuple[Handle, ...]]:
-        """The handles at work: the model's own, or one of ours for the length of the block."""
-        own = handles_of(model)
-        if own and (self._alpha is not None or self._steering is not None):
-            raise UsageError(
-                f"the model is steered already ({', '.join(map(repr, own))}): leave alpha and steering out, "
-                "set handle.alpha, or handle.remove() first"
-            )
-        if own:
-            yield own
-        elif self._alpha == 0:
-            yield ()
-        else:
-            alpha = 1.0 if self._alpha is None else self._alpha
-            with steer(model, alpha=alpha, steering=self._steering) as handle:
-                yield (handle,)
 
 
 @dataclasses.dataclass
@@ -370,7 +347,3 @@ def _language(segments: list[dict[str, Any]], model: Any) -> str | None:
             if token in names:
                 return str(names[token]).strip("<|>")
     return None
-
-
-def _name(handle: Handle) -> str:
-    return str(handle.steering.metadata.get("name") or "unnamed")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
 from .convert import Dtype, Out
+
+if TYPE_CHECKING:
+    from ..steering import Steering
 
 Format = Annotated[
     str | None,
@@ -33,7 +36,8 @@ Path_ = Annotated[str, typer.Argument(metavar="PATH", help="File or folder that 
 
 def bake(
     model: options.Model = "mini.en",
-    alpha: options.Alpha = 1.0,
+    alpha: options.Alpha = None,
+    profile: options.Profile = None,
     format: Format = None,
     out: Out = None,
     steering: options.Steering = None,
@@ -48,15 +52,24 @@ def bake(
 
     from ..bake import bake as bake_model
     from .output import print_json
+    from .strength import announce, check_one, steering_of
 
+    check_one(alpha, profile)
     fit = None
     if approximate is not None:
         from calibration.shift_fit import fit_from_folder
 
-        fit = fit_from_folder(model, steering, approximate, alpha=alpha, download_root=model_dir)
+        fitted: Steering | str | None = steering
+        if profile is not None:
+            fitted = steering_of(model, steering, model_dir)
+            alpha = fitted.alpha_of(profile)
+            announce(profile, alpha, fitted.measured(alpha))
+        strength = 1.0 if alpha is None else alpha
+        fit = fit_from_folder(model, fitted, approximate, alpha=strength, download_root=model_dir)
     done = bake_model(
         model,
         alpha=alpha if fit is None else 1.0,  # the fit is of the steering at alpha
+        profile=profile if fit is None else None,
         format=format,
         out=out,
         steering=steering if fit is None else fit.steering,
@@ -64,6 +77,7 @@ def bake(
         again=again,
         download_root=model_dir,
     )
+    announce(done.profile, done.alpha, done.measured)
     if as_json:
         record = {**asdict(done), "path": str(done.path), "record": str(done.record)}
         print_json(record if fit is None else {**record, "fit": fit.record()})

@@ -12,6 +12,7 @@ from ..errors import AudioError, UsageError, WhisperSteerError
 from .decoding import check_word_options, fitting_language, known_options, language, temperatures
 from .output import print_error, print_json, print_transcript, transcript_record
 from .progress import progress_bar
+from .strength import announce, check_one
 
 if TYPE_CHECKING:
     from ..transcribe import Transcript
@@ -24,6 +25,7 @@ _WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_wor
 def run(args: dict[str, Any], writes: bool) -> int:
     """Transcribe everything; returns how many files failed. args: as parsed. Raises UsageError and the like
     only for what no file could be transcribed with."""
+    check_one(args["alpha"], args["profile"])
     word_options = {name: args.pop(name) for name in _WORD_OPTIONS}
     check_word_options(word_options, args["word_timestamps"])
     fallback = temperatures(args.pop("temperature"), args.pop("temperature_increment_on_fallback"))
@@ -39,13 +41,16 @@ def run(args: dict[str, Any], writes: bool) -> int:
     code = language(args.pop("language"))
     as_json, timestamps, keep = args.pop("as_json"), args.pop("verbose"), args.pop("keep_suppressed")
     backend, reason = _backend(args)
-    model = _load(args, backend)
-    print(f"backend: {backend} ({reason})", file=sys.stderr)
 
     from whisper.utils import get_writer
 
     from ..attach import handles_of
     from ..transcribe import transcribe as transcribe_one
+
+    model = _load(args, backend, keep)
+    print(f"backend: {backend} ({reason})", file=sys.stderr)
+    for handle in handles_of(model):
+        announce(handle.profile, handle.alpha, handle.steering.measured(handle.alpha))
 
     writer = get_writer(output_format, output_dir) if writes else None
     written: dict[str, Path] = {}
@@ -115,8 +120,9 @@ def _backend(args: dict[str, Any]) -> tuple[str, str]:
     return backend_for(args["model"]) if given is None else (given, "asked for")
 
 
-def _load(args: dict[str, Any], backend: str) -> Any:
-    """The backend's model, steered unless alpha is 0; takes the options that are about it out of `args`."""
+def _load(args: dict[str, Any], backend: str, keep: bool) -> Any:
+    """The backend's model, steered unless alpha is 0; takes the options that are about it out of `args`.
+    keep: withheld windows are decoded, too."""
     import torch
 
     from ..attach import handles_of, steer
@@ -128,35 +134,24 @@ def _load(args: dict[str, Any], backend: str) -> Any:
         if threads < 0:
             raise UsageError(f"--threads {threads}: expected 0 (torch decides) or more")
         torch.set_num_threads(threads)
-    alpha, steering = args.pop("alpha"), args.pop("steering")
-    if backend != "openai":
-        runtime = make_backend(
-            backend,
-            args.pop("model"),
-            alpha=alpha,
-            steering=steering,
-            device=args.pop("device"),
-            download_root=args.pop("model_dir"),
-            threads=threads or 0,
-        )
-        model = runtime.load()
-        if alpha > 0 and not handles_of(model):
-            steer(model, alpha=alpha, steering=steering)
-        return model
-    return load_model(
-        args.pop("model"),
-        alpha=None if alpha == 0 and steering is None else alpha,
-        steering=steering,
-        device=args.pop("device"),
-        download_root=args.pop("model_dir"),
-    )
+    strength = {name: args.pop(name) for name in ("alpha", "profile", "steering")}
+    strength["decode_withheld"] = keep
+    name = args.pop("model")
+    place = {"device": args.pop("device"), "download_root": args.pop("model_dir")}
+    if backend == "openai":
+        model: Any = load_model(name, **place)
+    else:
+        model = make_backend(backend, name, **strength, **place, threads=threads or 0).load()
+    if not handles_of(model) and (strength["alpha"] != 0 or strength["steering"] is not None):
+        steer(model, **strength)
+    return model
 
 
 def _note_suppressed(file: Path, transcript: Transcript, keep: bool) -> None:
     windows = transcript.suppressed
     if windows:
         seconds = sum((window.end or 0.0) - (window.start or 0.0) for window in windows)
-        hint = "" if keep else "; --keep-suppressed shows the words"
+        hint = "" if keep else "; --keep-suppressed decodes and shows them"
         plural = "s" if len(windows) > 1 else ""
         print(
             f"{file}: {len(windows)} window{plural} withheld, nobody speaks ({seconds:.1f} s){hint}",

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def compare(
     audio: Annotated[str, typer.Argument(metavar="FILE", help="One audio file.")],
     model: options.Model = "mini.en",
-    alpha: options.Alpha = 1.0,
+    alpha: options.Alpha = None,
+    profile: options.Profile = None,
     steering: options.Steering = None,
     device: options.Device = None,
     model_dir: options.ModelDir = None,
@@ -39,17 +40,24 @@ def compare(
     Under each segment: the decoder's no_speech_prob and avg_logprob, and the gate's probability that nobody
     speaks. Without colour, removed words are [-so-] and new ones {+so+}.
     """
+    from ..attach import resolve_steering
     from ..comparison import compare as compare_both
     from ..zoo import load_model
+    from .strength import announce, check_one
 
+    check_one(alpha, profile)
     code = decoding.language(language)
     whisper = load_model(model, device=device, download_root=model_dir)
+    chosen = resolve_steering(whisper, steering)
+    if profile is not None:
+        announce(profile, chosen.alpha_of(profile), chosen.measured(chosen.alpha_of(profile)))
     with progress_bar(Path(audio).name) as progress:
         comparison = compare_both(
             audio,
             whisper,
             alpha=alpha,
-            steering=steering,
+            profile=profile,
+            steering=chosen,
             progress=progress,
             language=decoding.fitting_language(whisper, code, "transcribe"),
             temperature=decoding.temperatures(0.0, 0.2),

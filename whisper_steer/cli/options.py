@@ -33,7 +33,15 @@ Alpha = Annotated[
         "--alpha",
         metavar="NUMBER",
         parser=values.alpha,
-        help="How strongly to steer: 0 is plain Whisper, 1 the calibrated strength.",
+        help="How strongly to steer: 0 is plain Whisper, 1 the calibrated strength and the default.",
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="In place of --alpha, one of the steering's own strengths: gentle, balanced or strict.",
     ),
 ]
 Steering = Annotated[

@@ -46,6 +46,7 @@ def transcript_record(file: str, transcript: Transcript) -> dict[str, Any]:
         "model": transcript.model,
         "steering": transcript.steering,
         "alpha": transcript.alpha,
+        "profile": transcript.profile,
         "duration": transcript.duration,
         **transcript.to_dict(),
     }

@@ -15,13 +15,17 @@ def transcribe(
     ctx: typer.Context,
     audio: Annotated[list[str], typer.Argument(metavar="FILES", help="Files, directories and globs.")],
     model: options.Model = "mini.en",
-    alpha: options.Alpha = 1.0,
+    alpha: options.Alpha = None,
+    profile: options.Profile = None,
     steering: options.Steering = None,
     backend: options.Backend = None,
     device: options.Device = None,
     keep_suppressed: Annotated[
         bool,
-        typer.Option("--keep-suppressed", help="Show withheld words, marked; write them to files."),
+        typer.Option(
+            "--keep-suppressed",
+            help="Decode withheld windows, too; show their words, marked, and write them to files.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per file and line on stdout, nothing else.")
@@ -213,7 +217,8 @@ def transcribe(
     --output-format is given; the one not given is then "." or "all", as in openai-whisper, whose options are
     all accepted with the same meaning and defaults.
 
-    Windows in which nobody speaks are withheld and counted on stderr; --keep-suppressed shows their words.
+    Windows in which nobody speaks are withheld, not decoded, and counted on stderr; --keep-suppressed decodes
+    them, too, and shows their words.
 
     Exit code: 0 done, 1 a file failed (the others are still done), 2 wrong usage.
     """
