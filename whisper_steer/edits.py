@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import kernels
 from .errors import UsageError
 from .plaindata import set_indices, set_int, set_number, set_tensor, subset_codes
 from .sae import SparseAutoencoder
@@ -153,13 +154,42 @@ class LatentEdit:
             return f * (1 + a * (values - 1)).clamp_min(0)
         return f + min(a, 1.0) * (values - f)
 
+    def change(self, alpha: float, device: torch.device | str = "cpu") -> kernels.Change:
+        """The edit as the kernels take it."""
+        return kernels.Change(self.mode, self.values.to(device), alpha * self.strength, self.floor)
+
     def delta(self, x: Tensor, alpha: float) -> Tensor:
         """What is added to x, float32, (..., d_model)."""
-        f = self.codes(x)
-        edited = self.edited_codes(f, alpha)
         if self.reconstruct and self.b_dec is not None:
-            return edited @ self.W_dec.to(x.device) + self.b_dec.to(x.device) - x.float()
-        return (edited - f) @ self.W_dec.to(x.device)
+            return self._reconstruction(x, alpha) - x.float()
+        return kernels.difference(self.codes(x), self.change(alpha, x.device)) @ self.W_dec.to(x.device)
+
+    def edited(self, x: Tensor, alpha: float, g: Tensor | None) -> Tensor:
+        """x + g (x' - x) in x's dtype, without `reconstruct`; g (...) or None."""
+        parts = (part.to(x.device) for part in (self.W_enc, self.b_enc, self.theta, self.W_dec))
+        gate = None if g is None else g.expand(x.shape[:-1])
+        return kernels.edit(x, *parts, self.change(alpha, x.device), gate=gate)
+
+    def _reconstruction(self, x: Tensor, alpha: float) -> Tensor:
+        """The decoded f', (..., d_model) float32. Each mode makes f' = factor f + constant, so that only the
+        latents that are active have to be decoded."""
+        a, values = alpha * self.strength, self.values
+        factor = constant = torch.zeros_like(values)
+        if self.mode == "add":
+            factor, constant = torch.ones_like(values), a * values
+        elif self.mode == "scale":
+            factor = (1 + a * (values - 1)).clamp_min(0)
+        else:
+            factor, constant = torch.full_like(values, 1 - min(a, 1.0)), min(a, 1.0) * values
+        W_enc, b_enc, theta, W_dec, b_dec, factor, constant = (
+            _there(part).to(x.device)
+            for part in (self.W_enc, self.b_enc, self.theta, self.W_dec, self.b_dec, factor, constant)
+        )
+        bias = b_dec + constant @ W_dec
+        if torch.compiler.is_compiling():  # sparse codes have as many values as the data says
+            return (kernels.encode_subset(x, W_enc, b_enc, theta) * factor) @ W_dec + bias
+        codes = kernels.encode(x.float(), W_enc, b_enc, theta=theta)
+        return kernels.decode(codes.with_values(codes.values * factor[codes.indices.long()]), W_dec, bias)
 
     def __call__(self, x: Tensor, alpha: float) -> Tensor:
         return gated(self, x, alpha, None)
@@ -218,11 +248,21 @@ def gated(edit: Edit, x: Tensor, alpha: float, g: Tensor | None) -> Tensor:
     """x + g (x' - x) with g (..., frames) in [0, 1]; bit for bit x where g is 0. g None: the whole edit."""
     if alpha == 0:
         return x
+    # only on the CPU: elsewhere the question itself would make the device wait
+    asked = g is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asked and g is not None and not bool((g > 0).any()):
+        return x
+    if isinstance(edit, LatentEdit) and not edit.reconstruct:
+        return edit.edited(x, alpha, g)
     if g is None:
         return (x.float() + edit.delta(x, alpha)).to(x.dtype)
     active = (g > 0).unsqueeze(-1)
-    # only on the CPU: elsewhere the question itself would make the device wait
-    if x.device.type == "cpu" and not bool(active.any()):
-        return x
     changed = (x.float() + g.unsqueeze(-1).float() * edit.delta(x, alpha)).to(x.dtype)
     return torch.where(active, changed, x)
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    """Narrow a field that `__post_init__` has already required."""
+    if tensor is None:
+        raise UsageError("the latent edit lacks a tensor that its form needs")
+    return tensor

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .activation_functions import threshold
+from . import kernels
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ _Part = TypeVar("_Part", bound="DataclassInstance")
 
 def subset_codes(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor) -> Tensor:
     """Threshold-form codes of m latents, float32: x (..., d_model), W_enc (m, d_model) -> (..., m)."""
-    pre = F.linear(x.float(), W_enc.to(x.device), b_enc.to(x.device))
-    return threshold(pre, theta.to(x.device))
+    return kernels.encode_subset(x, W_enc.to(x.device), b_enc.to(x.device), theta.to(x.device))
 
 
 def moved(part: _Part, device: torch.device | str) -> _Part:

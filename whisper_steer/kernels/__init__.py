@@ -27,10 +27,11 @@ from .arguments import MODES, Change, check_gate, check_vector, check_width
 from .choice import IMPLEMENTATIONS, Choice, choose, measure_break_even
 from .codes import Codes
 from .gradients import Decoded, EncodedValues
+from .reference import difference
 
 __all__ = [
-    "IMPLEMENTATIONS", "MODES", "Change", "Choice", "Codes", "choose", "decode", "edit", "encode",
-    "encode_subset", "measure_break_even", "products", "weight_gradient",
+    "IMPLEMENTATIONS", "MODES", "Change", "Choice", "Codes", "choose", "decode", "difference", "edit",
+    "encode", "encode_subset", "measure_break_even", "products", "weight_gradient",
 ]  # fmt: skip
 
 

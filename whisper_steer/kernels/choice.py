@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -146,8 +146,8 @@ def measure_break_even(
         values = torch.rand(frames, k, generator=generator)
         codes = Codes(values.to(device), indices.to(device), n_latents, (frames,))
         dense = codes.dense().to(dtype)
-        sparse_s = _seconds(lambda codes=codes: sparse(codes, weights), device)
-        if sparse_s > _seconds(lambda dense=dense: dense @ weights, device):
+        sparse_s = _seconds(partial(sparse, codes, weights), device)
+        if sparse_s > _seconds(partial(torch.matmul, dense, weights), device):
             break
         found, k = k / n_latents, k * 2
     BREAK_EVEN[(device.type, dtype)] = found
