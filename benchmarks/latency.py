@@ -36,8 +36,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 
 MODES: tuple[tuple[str, int | None], ...] = (
     ("shift_baked", None),
@@ -343,25 +344,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 (could not do it), 2 (wrong usage)."""
+    args = parser().parse_args(argv)
+    return exit_code(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures, prints, writes. Raises WhisperSteerError."""
     import torch
 
-    try:
-        args = parser().parse_args(argv)
-        args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 9
-        if args.rounds < 1 or args.threads < 0 or min(args.batches) < 1:
-            raise UsageError("--rounds and --batches must be at least 1, --threads at least 0")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: there is no CUDA device here; use cpu")
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        rows = run(args)
-        print(table(rows, args.device))
-        if args.json is not None:
-            write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 9
+    if args.rounds < 1 or args.threads < 0 or min(args.batches) < 1:
+        raise UsageError("--rounds and --batches must be at least 1, --threads at least 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no CUDA device here; use cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = run(args)
+    print(table(rows, args.device))
+    if args.json is not None:
+        write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.long_measure import LongCounts, measure
 from benchmarks.long_truth import LongRecording, LongSegment, long_recordings, spliced_recordings
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
     from benchmarks.long_rows import Measured, Row, Setting
@@ -215,12 +216,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        run(options)
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

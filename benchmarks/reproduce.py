@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.published import ALL, FOLLOW_UP_SETS, VECTOR_SETS, Cell, Condition, Table, tables_for
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -330,12 +331,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        run(options)
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.scaling_costs import PAPER, Speed, encoder_flop
 from benchmarks.scaling_measure import (
@@ -58,7 +59,7 @@ from benchmarks.scaling_rows import (
     training_rows,
 )
 from benchmarks.training import positive
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 
 BATCH = 2500
 MINI, WIDE, WIDEST = Shape(192, 1536, 16), Shape(768, 6144, 50), Shape(768, 24_576, 50)
@@ -226,15 +227,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
+
+    def work() -> None:
         run(options)
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import reports
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.methods import Setup
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 from whisper_steer.fileformat import package_version
 
 if TYPE_CHECKING:
@@ -246,12 +247,7 @@ def write_results(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        run(options)
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

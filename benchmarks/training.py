@@ -33,10 +33,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.peers import environments
 from benchmarks.training_frames import FrameFiles, prepare
-from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.errors import UsageError
 
 OURS = "whisper_steer"
 COLUMNS = (
@@ -475,14 +476,7 @@ def _number_of_runs(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        return run(options)
-    except WhisperSteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":
