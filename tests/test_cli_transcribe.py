@@ -263,7 +263,7 @@ def test_files_are_openai_whispers(run: Any, shelf: Path, tmp_path: Path) -> Non
     record = json.loads(run(shelf / "a.wav", "--output_dir", tmp_path, "--json").out)
     written = json.loads((tmp_path / "a.json").read_text())
     assert {key: record[key] for key in written} == written
-    assert set(written) == {"text", "segments", "language", "suppressed"}
+    assert set(written) == {"text", "segments", "language", "suppressed", "edited"}
     writer = whisper.utils.get_writer("all", str(tmp_path))
     writer({**written}, "expected.wav", {})
     for suffix in ("txt", "vtt", "srt", "tsv", "json"):

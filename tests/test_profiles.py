@@ -223,6 +223,23 @@ def test_transcribe_command(shelf: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (code, out) == (2, "") and err.count("\n") == 1 and "whisper-steer calibrate" in err
 
 
+def test_inspect_shows_profiles_and_the_frontier(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "inspect", shelf / "named.safetensors")
+    table = out[out.index("frontier (") :].splitlines()
+    assert code == 0 and "profiles\n  gentle    0.6\n  balanced  1\n  strict    1.8\n" in out
+    assert table[0] == "frontier (percent and points, on the calibration's validation split)"
+    assert [line.split() for line in table[1:4]] == [
+        "alpha threshold text-FPR WER rise at most empty speech profile".split(),
+        "0.6 3.5 21.0 -0.10 - - gentle".split(),
+        "1.8 -1.25 1.2 [0.4, 2.5] 0.05 0.10 0.20 strict".split(),
+    ]
+    assert table[1].index("profile") == table[3].index("strict")
+    code, out, _ = run(capsys, "inspect", shelf / "named.safetensors", "--json")
+    assert json.loads(out)["frontier"][1] == STRICT
+    code, out, _ = run(capsys, "inspect", shelf / "none.safetensors")
+    assert code == 0 and "frontier (" not in out
+
+
 def test_compare_command(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", shelf / "a.wav", "--model", shelf / "tiny.pt", "--beam-size", "None", "--json"]
     words += ["--steering", shelf / "named.safetensors"]

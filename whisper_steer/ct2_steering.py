@@ -30,9 +30,9 @@ from .ct2_encoder import load_encoder, run_encoder
 from .ct2_file import MODEL_FILE, added_bytes, ffn_bias_name
 from .edits import Shift
 from .errors import ModelError
-from .passing import Pass, Step
+from .passing import Pass, Step, edited_stretches
 from .registry import Verdict, verdicts_of
-from .withholding import Suppressed
+from .withholding import Stretch, Suppressed
 
 if TYPE_CHECKING:
     from whisper.model import AudioEncoder
@@ -82,9 +82,13 @@ class Withheld:
 
 @dataclass(eq=False)
 class Run:
-    """What was withheld during a part of a transcription, by whom it is watched."""
+    """What was done during a part of a transcription, by whom it is watched. withheld: windows; edited:
+    stretches of the other windows, seconds; generated: where the windows of the last call of `generate` were
+    edited, from the windows' starts, until their place is known."""
 
     withheld: list[Withheld] = field(default_factory=list)
+    edited: list[Stretch] = field(default_factory=list)
+    generated: list[tuple[Stretch, ...]] = field(default_factory=list)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -98,8 +102,23 @@ class Run:
         taken, self.withheld = self.withheld, []
         return taken
 
+    def take_edited(self) -> list[Stretch]:
+        taken, self.edited = self.edited, []
+        return taken
+
+    def place_next(self, start: float, duration: float, keep: bool) -> None:
+        """The next window of the last `generate` lies there, in seconds; keep: it was not withheld."""
+        stretches = self.generated.pop(0) if self.generated else ()
+        if keep:
+            self.edited += [(start + a, start + min(b, duration)) for a, b in stretches if a < duration]
+
 
 _run: ContextVar[Run | None] = ContextVar("whisper_steer_ct2_run", default=None)
+
+
+def current_run() -> Run | None:
+    """The run that is being watched around this call."""
+    return _run.get()
 
 
 class NoTokens(list[int]):
@@ -135,10 +154,12 @@ class _Later:
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """An output of our encoder: features (batch, frames, d_model), and per window who withholds it."""
+    """An output of our encoder: features (batch, frames, d_model), and per window who withholds it and where
+    it was edited."""
 
     features: Tensor
     verdicts: list[Verdict | None]
+    edited: list[tuple[Stretch, ...]]
 
 
 class SteeredWhisper:
@@ -202,7 +223,8 @@ class SteeredWhisper:
         if to_cpu:
             output = output.cpu()
         view, kept = _storage(output)
-        self._encoded[view] = _Encoded(kept, verdicts_of(steps))
+        edited = edited_stretches(steps, len(kept)) if _run.get() is not None else []
+        self._encoded[view] = _Encoded(kept, verdicts_of(steps), edited)
         return view
 
     def generate(
@@ -214,7 +236,9 @@ class SteeredWhisper:
         """
         features = self._encoded_features(features)
         model = self._model()
-        encoded = self._encoded.get(features)
+        encoded, run = self._encoded.get(features), _run.get()
+        if run is not None:
+            run.generated = [] if encoded is None else list(encoded.edited)
         if encoded is None or not any(encoded.verdicts):
             return model.generate(features, prompts, **options)
         verdicts = encoded.verdicts

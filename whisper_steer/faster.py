@@ -36,10 +36,18 @@ from faster_whisper.utils import download_model
 from .attach import Handle, check_alpha, check_strength, resolve_steering
 from .ct2_encoder import Ct2View
 from .ct2_search import find_folder
-from .ct2_steering import Ct2Source, NoTokens, Run, SteeredWhisper, Withheld, read_files
+from .ct2_steering import (
+    Ct2Source,
+    NoTokens,
+    Run,
+    SteeredWhisper,
+    Withheld,
+    current_run,
+    read_files,
+)
 from .errors import UsageError
 from .steering import Steering
-from .withholding import Suppressed, active_collector
+from .withholding import Collector, Suppressed, active_collector
 
 __all__ = ["BatchedInferencePipeline", "WhisperModel", "steer_existing"]
 
@@ -54,6 +62,15 @@ class _Silent:
     start: float
     end: float
     withheld: Withheld
+    words: None = None
+
+
+@dataclass
+class _Edited:
+    """Stands for a stretch of edited stream among the segments, for the same reason."""
+
+    start: float
+    end: float
     words: None = None
 
 
@@ -91,12 +108,20 @@ def _spoken(segments: Iterator[Any], owner: Any) -> Iterator[Any]:
         if isinstance(segment, _Silent):
             segment.withheld.place(segment.start, segment.end)
             _note(segment.withheld, getattr(owner, "model", owner), owner)
+        elif isinstance(segment, _Edited):
+            collector = _collector_of(getattr(owner, "model", owner), owner)
+            if collector is not None:
+                collector.edited.append((segment.start, segment.end))
         else:
             yield segment
 
 
+def _collector_of(*owners: Any) -> Collector | None:
+    return next((found for owner in owners if (found := active_collector(owner)) is not None), None)
+
+
 def _note(withheld: Withheld, *owners: Any) -> None:
-    collector = next((found for owner in owners if (found := active_collector(owner)) is not None), None)
+    collector = _collector_of(*owners)
     if collector is not None:
         collector.records.append(withheld.record)
     else:
@@ -104,7 +129,8 @@ def _note(withheld: Withheld, *owners: Any) -> None:
 
 
 def _watched(segments: Iterator[Any]) -> Iterator[Any]:
-    """The same segments, each after the windows that were withheld before it."""
+    """The same segments, each after the windows that were withheld and the stretches that were edited before
+    it."""
     run = Run()
     while True:
         with run.watching():
@@ -115,6 +141,8 @@ def _watched(segments: Iterator[Any]) -> Iterator[Any]:
                 withheld.handle.record(withheld.record)
             else:
                 yield _Silent(start, end, withheld)
+        for start, end in run.take_edited():
+            yield _Edited(start, end)
         if segment is None:
             return
         yield segment
@@ -233,7 +261,10 @@ class WhisperModel(faster_whisper.WhisperModel):
 
     def _split_segments_by_timestamps(self, *args: Any, **kwargs: Any) -> Any:
         segments, seek, single = super()._split_segments_by_timestamps(*args, **kwargs)
-        tokens = kwargs.get("tokens")
+        tokens, run = kwargs.get("tokens"), current_run()
+        if run is not None:
+            place = kwargs["time_offset"], kwargs["segment_duration"]
+            run.place_next(*place, keep=not isinstance(tokens, NoTokens))
         if not isinstance(tokens, NoTokens):
             return segments, seek, single
         start = kwargs["time_offset"]

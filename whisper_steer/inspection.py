@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ _STRUCTURE = ("edits", "gate", "dims")  # said in another way below
 def describe(path: str | Path) -> list[dict[str, Any]]:
     """One description per file: of `path`, or of every .safetensors in the folder `path`.
 
-    Keys: "file", "bytes", "kind", then what the kind has: for a steering "edits" and "gate", for an SAE its
-    sizes and thresholds, for a model its dimensions; then the file's metadata. Raises FormatError: missing,
-    damaged, of another program, a folder without such files.
+    Keys: "file", "bytes", "kind", then what the kind has: for a steering "edits", "gate", "profiles" and
+    "frontier", for an SAE its sizes and thresholds, for a model its dimensions; then the file's metadata.
+    Raises FormatError: missing, damaged, of another program, a folder without such files.
     """
     path = Path(path)
     if not path.is_dir():
@@ -55,6 +56,8 @@ def _steering(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "edits": [_edit(edit) for edit in steering.edits],
         "gate": None if steering.gate is None else _gate(steering.gate),
+        "profiles": dict(steering.profiles),
+        "frontier": [asdict(point) for point in steering.frontier],
     }
 
 

@@ -20,6 +20,8 @@ from .steering import Steering
 if TYPE_CHECKING:
     from .attach import Handle
 
+FRAME_SECONDS = 0.02  # an encoder frame
+
 # runs an encoder block by its number, unsteered: (layer, x (batch, frames, d_model)) -> the same shape
 RunBlock = Callable[[int, Tensor], Tensor]
 
@@ -58,6 +60,31 @@ class Step:
         if self.steering.gate is None or self.window_logit is None:
             return None
         return self.window_logit > self.steering.gate.window_threshold(self.alpha)
+
+
+def edited_stretches(steps: Sequence[Step], count: int) -> list[tuple[tuple[float, float], ...]]:
+    """Per window of a pass that has ended: where gated edits acted, (start, end) in seconds from its start.
+
+    Edits without a gate act everywhere and are not listed: that much is known without asking. An edit of a
+    layer of which `LatentEdit` finds nothing to change still counts: its gate was open.
+    """
+    gates = [step.frame_gate for step in steps if step.steering.edits and step.frame_gate is not None]
+    if not gates:
+        return [()] * count
+    open_ = torch.stack([gate > 0 for gate in gates]).any(dim=0)
+    closed = open_.new_zeros(len(open_), 1)
+    steps_at = torch.cat([closed, open_, closed], dim=1).to(torch.int8).diff(dim=1).cpu()
+    return [
+        tuple(
+            (FRAME_SECONDS * first, FRAME_SECONDS * end)
+            for first, end in zip(
+                (row == 1).nonzero().flatten().tolist(),
+                (row == -1).nonzero().flatten().tolist(),
+                strict=True,
+            )
+        )
+        for row in steps_at
+    ]
 
 
 @dataclass(eq=False)

@@ -25,8 +25,8 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import Whisper
 
 from .errors import UsageError
-from .passing import Pass, Step
-from .withholding import Suppressed, active_collector, marked, skipped
+from .passing import Pass, Step, edited_stretches
+from .withholding import EditedMarker, Suppressed, active_collector, marked, skipped
 
 if TYPE_CHECKING:
     from .attach import Handle
@@ -238,29 +238,33 @@ class Registry:
             batch = mel.unsqueeze(0) if mel.ndim == 2 else mel
             with torch.no_grad(), self._passing(steps):
                 features = model.encoder(batch.half() if options.fp16 else batch)
-            results = self._decode_gated(features, verdicts_of(steps), options, again=self._again(mel))
+            results = self._decode_gated(features, steps, options, again=self._again(mel))
             return results[0] if mel.ndim == 2 else results
 
     def _decode_gated(
         self,
         features: Tensor,
-        verdicts: list[Verdict | None],
+        steps: tuple[Step, ...],
         options: DecodingOptions,
         again: bool,
     ) -> list[DecodingResult]:
-        """features: (batch, n_audio_ctx, n_audio_state); verdicts: per window None, or why it is withheld;
-        again: this very window was decoded just before, at another temperature."""
-        model = self._living_model()
+        """features: (batch, n_audio_ctx, n_audio_state), of a pass with these steps; again: this very window
+        was decoded just before, at another temperature."""
+        model, verdicts = self._living_model(), verdicts_of(steps)
         rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         decoded: dict[int, DecodingResult] = {}
         if rows:
             chosen = features if len(rows) == len(features) else features[rows]
             decoded = dict(zip(rows, self._original("decode")(chosen, options), strict=True))
         collector = active_collector(model)
+        edited = edited_stretches(steps, len(verdicts)) if collector is not None else []
         results = []
         for i, verdict in enumerate(verdicts):
             if verdict is None:
-                results.append(decoded[i])
+                result = decoded[i]
+                if edited and edited[i]:
+                    result = replace(result, temperature=EditedMarker(result.temperature, edited[i]))
+                results.append(result)
                 continue
             found = decoded.get(i)
             scores = () if found is None else (found.no_speech_prob, found.avg_logprob)

@@ -12,7 +12,7 @@ from whisper.utils import compression_ratio
 
 from .audio import SAMPLING_RATE, check_audio, load_audio
 from .backends import Progress, backend_for, make_backend
-from .withholding import Suppressed
+from .withholding import Stretch, Suppressed, merged
 from .zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Transcript:
     windows in time order; what would have been written in them is known only with `decode_withheld`. model:
     its name. steering: name(s), None for plain Whisper. alpha: 0 for plain Whisper; None if several steerings
     with different alphas were at work. profile: the name that alpha was asked for by, None for a plain alpha.
+    edited: stretches (start, end) in seconds, in time order, in which the encoder's stream was edited, in
+    windows that keep their words.
     """
 
     text: str
@@ -75,15 +77,17 @@ class Transcript:
     steering: str | None
     alpha: float | None
     profile: str | None = None
+    edited: tuple[Stretch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """openai-whisper's result dict ("text", "segments", "language"), plus "suppressed": plain JSON
-        types."""
+        """openai-whisper's result dict ("text", "segments", "language"), plus "suppressed" and "edited":
+        plain JSON types."""
         return {
             "text": self.text,
             "segments": [_segment_dict(segment) for segment in self.segments],
             "language": self.language,
             "suppressed": [dataclasses.asdict(window) for window in self.suppressed],
+            "edited": [list(stretch) for stretch in self.edited],
         }
 
     def with_suppressed(self) -> Transcript:
@@ -147,16 +151,18 @@ def transcribe(
     finally:
         runtime.close()
     by_word = bool(whisper_options.get("word_timestamps"))
+    duration = len(samples) / SAMPLING_RATE
     return Transcript(
         text=result["text"],
         segments=tuple(_segment(segment, by_word) for segment in result["segments"]),
         language=result["language"],
-        duration=len(samples) / SAMPLING_RATE,
+        duration=duration,
         suppressed=tuple(result["suppressed"]),
         model=result["model"],
         steering=result["steering"],
         alpha=result["alpha"],
         profile=result["profile"],
+        edited=merged([(0.0, duration)] if result["everywhere"] else result["edited"], duration),
     )
 
 

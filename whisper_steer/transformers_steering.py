@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from whisper.model import ModelDimensions
 
 from .convert_hf import DIMS, openai_name
+from .passing import edited_stretches
 from .registry import Registry, Verdict, verdicts_of
 from .transformers_model import vocabulary
 from .transformers_pipeline import PipelineWatch
-from .withholding import active_collector
+from .withholding import Stretch, active_collector
 
 FRAME_SECONDS = 0.01  # a mel frame
 WINDOW_SECONDS = 30.0
@@ -99,6 +100,7 @@ class _Windows:
     verdicts: list[Verdict | None] = field(default_factory=list)  # set by the first encoder pass
     judged: int = 0  # windows that were asked about; the first `count` questions come in their order
     avg_logprobs: dict[int, float] = field(default_factory=dict)
+    edited: list[tuple[Stretch, ...]] = field(default_factory=list)  # by row, if somebody collects it
 
     def verdict(self, row: int) -> Verdict | None:
         return self.verdicts[row] if row < len(self.verdicts) else None
@@ -161,6 +163,8 @@ class TransformersRegistry(Registry):
         if windows is not None and current is not None and not windows.verdicts and output is not None:
             # the first pass sees all windows; later ones only those that are decoded again
             windows.verdicts = verdicts_of(current.steps)
+            if active_collector(self._living_model()) is not None:
+                windows.edited = edited_stretches(current.steps, len(windows.verdicts))
         super()._encoder_ends(module, args, output)
 
     # ---------- withheld windows
@@ -197,6 +201,7 @@ class TransformersRegistry(Registry):
                 result = original(**arguments)
         if any(windows.verdicts):
             result = self._withheld(result, arguments, windows)
+        self._note_edited(arguments, windows)
         rows = enumerate(arguments["batch_idx_map"])
         self._call().spoken.update(audio for row, audio in rows if windows.verdict(row) is None)
         return result
@@ -283,6 +288,17 @@ class TransformersRegistry(Registry):
             spoke = call.prompted or arguments["batch_idx_map"][row] in call.spoken
             conditions[row] = conditions[row] and spoke
         return (sequences, outputs, skip, conditions, *result[4:])
+
+    def _note_edited(self, arguments: dict[str, Any], windows: _Windows) -> None:
+        """Tell the collector where the windows that keep their words were edited."""
+        collector = active_collector(self._living_model())
+        if collector is None:
+            return
+        for row, stretches in enumerate(windows.edited[: windows.count]):
+            if stretches and windows.verdict(row) is None:
+                start, end = self._times(arguments, row)
+                placed = [(start + a, min(start + b, end)) for a, b in stretches if start + a < end]
+                collector.edited.extend(placed)
 
     def _nothing(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The tokens of a withheld window: none. But a pipeline over long audio knows the time from timestamp

@@ -11,7 +11,7 @@ the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -47,6 +47,25 @@ class Suppressed:
         return self.text is not None
 
 
+Stretch = tuple[float, float]
+"""Start and end, seconds."""
+
+
+class EditedMarker(float):
+    """A temperature that also says where in the window the encoder's stream was edited. `stretches`: seconds
+    from the window's start."""
+
+    stretches: tuple[Stretch, ...]
+
+    def __new__(cls, temperature: float, stretches: tuple[Stretch, ...]) -> EditedMarker:
+        marker = super().__new__(cls, temperature)
+        marker.stretches = stretches
+        return marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (float(self), self.stretches)
+
+
 class WithheldMarker(float):
     """A temperature that also says: this window was withheld. `record` is what was withheld."""
 
@@ -64,11 +83,13 @@ class WithheldMarker(float):
 
 @dataclass(frozen=True, eq=False)
 class Collector:
-    """What was withheld from one model during a `collecting` block, in the order of decoding, without
-    times."""
+    """What was done to one model's windows during a `collecting` block, in the order of decoding. records:
+    what was withheld; from openai-whisper without times (its segments have them). edited: where else the
+    stream was edited, seconds in the audio; openai-whisper's segments say it by an EditedMarker."""
 
     model: Any
     records: list[Suppressed] = field(default_factory=list)
+    edited: list[Stretch] = field(default_factory=list)
 
 
 # a context variable: each thread and each asyncio task collects for itself
@@ -84,6 +105,18 @@ def collecting(model: Any) -> Iterator[Collector]:
         yield collector
     finally:
         _collectors.reset(token)
+
+
+def merged(stretches: Iterable[Stretch], duration: float) -> tuple[Stretch, ...]:
+    """The union, in time order, within 0 .. duration seconds, to the hundredth; what touches is one."""
+    found: list[Stretch] = []
+    for start, end in sorted(stretches):
+        start, end = round(max(start, 0.0), 2), round(min(end, duration), 2)
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif start < end:
+            found.append((start, end))
+    return tuple(found)
 
 
 def active_collector(model: Any) -> Collector | None:

@@ -35,7 +35,8 @@ class Backend(Protocol):
 
         Returns openai-whisper's result dict, withheld windows left out of "segments" and listed under
         "suppressed" (list[Suppressed], with times); also "model" (name), "steering" (name or None), "alpha",
-        "profile" (name or None).
+        "profile" (name or None), "edited" (stretches of the other windows in which gated edits acted),
+        "everywhere" (edits without a gate were at work).
         """
 
     def close(self) -> None:

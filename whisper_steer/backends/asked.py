@@ -59,10 +59,11 @@ class Asked:
 
 
 def at_work(handles: Sequence[Handle]) -> dict[str, Any]:
-    """What a backend says of the steerings that worked: "steering", "alpha", "profile"."""
+    """What a backend says of the steerings that worked: "steering", "alpha", "profile", "everywhere"."""
     alphas, profiles = {handle.alpha for handle in handles}, {handle.profile for handle in handles}
     return {
         "steering": " + ".join(handle.steering.name for handle in handles) or None,
         "alpha": alphas.pop() if len(alphas) == 1 else None if alphas else 0.0,
         "profile": profiles.pop() if len(profiles) == 1 else None,
+        "everywhere": any(h.alpha > 0 and h.steering.edits and h.steering.gate is None for h in handles),
     }

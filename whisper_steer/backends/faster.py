@@ -135,6 +135,7 @@ class FasterBackend:
             "segments": segments,
             "language": info.language,
             "suppressed": list(collector.records),
+            "edited": list(collector.edited),
             "model": self._name(model),
             **at_work(handles),
         }

@@ -20,7 +20,7 @@ from whisper.model import Whisper
 from ..errors import UsageError
 from ..fileformat import model_name
 from ..registry import model_lock
-from ..withholding import Suppressed, WithheldMarker, collecting
+from ..withholding import EditedMarker, Stretch, Suppressed, WithheldMarker, collecting
 from ..zoo import load_model
 from .asked import Asked, at_work
 
@@ -94,7 +94,7 @@ class OpenAIBackend:
                 raise
             except ValueError as error:  # how openai-whisper refuses a language, a beam size, ...
                 raise UsageError(str(error)) from error
-        result["segments"], result["suppressed"] = _split(result["segments"])
+        result["segments"], result["suppressed"], result["edited"] = _split(result["segments"])
         result["model"] = model_name(model)
         return {**result, **at_work(handles)}
 
@@ -112,17 +112,22 @@ def option_names() -> set[str]:
     return own | {field.name for field in dataclasses.fields(DecodingOptions)}
 
 
-def _split(segments: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Suppressed]]:
-    """(what was said, what was withheld): a withheld window is an empty segment with a marked temperature."""
+def _split(segments: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Suppressed], list[Stretch]]:
+    """(what was said, what was withheld, where else the stream was edited), by the marked temperatures; a
+    withheld window is an empty segment."""
     kept: list[dict[str, Any]] = []
     suppressed: list[Suppressed] = []
+    edited: list[Stretch] = []
     for segment in segments:
         marker = segment["temperature"]
         if isinstance(marker, WithheldMarker):
             suppressed.append(dataclasses.replace(marker.record, start=segment["start"], end=segment["end"]))
-        else:
-            kept.append({**segment, "id": len(kept)})
-    return kept, suppressed
+            continue
+        if isinstance(marker, EditedMarker):
+            start = segment["seek"] / FRAMES_PER_SECOND
+            edited += [(start + a, start + b) for a, b in marker.stretches]
+        kept.append({**segment, "temperature": float(marker), "id": len(kept)})
+    return kept, suppressed, edited
 
 
 # ---------- progress: whisper.transcribe tells how far it is to a tqdm bar only

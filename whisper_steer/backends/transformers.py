@@ -132,6 +132,7 @@ class TransformersBackend:
             "segments": kept,
             "language": _language(output, model) or options.get("language") or "en",
             "suppressed": list(collector.records),
+            "edited": list(collector.edited),
             "model": model_name(OpenAIView(model)),
             **at_work(handles),
         }
@@ -310,6 +311,8 @@ def _segment(found: Mapping[str, Any], notes: _Notes, tokenizer: Any, words: boo
 
 def _words(found: Mapping[str, Any], tokens: list[int], tokenizer: Any) -> list[dict[str, Any]]:
     """Words with their times: a token begins at its own timestamp and ends at the next one's."""
+    if not tokens:  # a withheld window; where it was not decoded there are no scores either
+        return []
     times = [float(time) for time in found["token_timestamps"]]
     first = found["idxs"][0] - (len(found["result"]["sequences"]) - len(found["result"]["scores"]))
     places = [place for place, token in enumerate(tokens) if token < tokenizer.eot]

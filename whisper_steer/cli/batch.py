@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AudioError, UsageError, WhisperSteerError
 from .decoding import check_word_options, fitting_language, known_options, language, temperatures
+from .explain import print_explanation
 from .output import print_error, print_json, print_transcript, transcript_record
 from .progress import progress_bar
 from .strength import announce, check_one
@@ -40,6 +41,7 @@ def run(args: dict[str, Any], writes: bool) -> int:
         return failures
     code = language(args.pop("language"))
     as_json, timestamps, keep = args.pop("as_json"), args.pop("verbose"), args.pop("keep_suppressed")
+    explain = args.pop("explain")
     backend, reason = _backend(args)
 
     from whisper.utils import get_writer
@@ -91,7 +93,10 @@ def run(args: dict[str, Any], writes: bool) -> int:
                 print(f"==> {file} <==")
             print_transcript(transcript, timestamps=timestamps, keep_suppressed=keep)
         sys.stdout.flush()
-        _note_suppressed(file, transcript, keep)
+        if explain:
+            print_explanation(str(file), transcript)
+        else:
+            _note_suppressed(file, transcript, keep)
     return failures
 
 

@@ -33,6 +33,7 @@ def compare(
     beam_size: Annotated[
         Any, typer.Option("--beam-size", metavar="INT", parser=optional_int, help="Beams; None: greedy.")
     ] = 5,
+    explain: options.Explain = False,
     as_json: options.Json = False,
 ) -> None:
     """Transcribe a file plain and steered, side by side, with the words that steering removed marked.
@@ -43,6 +44,7 @@ def compare(
     from ..attach import resolve_steering
     from ..comparison import compare as compare_both
     from ..zoo import load_model
+    from .explain import print_explanation
     from .strength import announce, check_one
 
     check_one(alpha, profile)
@@ -64,6 +66,8 @@ def compare(
             beam_size=beam_size,
             best_of=5,
         )
+    if explain:
+        print_explanation(audio, comparison.steered)
     if as_json:
         print_json({"file": audio, **comparison.to_dict()})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +35,11 @@ def _show(value: dict[str, Any], indent: str) -> None:
     """key: value lines, nested ones below their key."""
     width = max((len(str(key)) for key in value), default=0)
     for key, item in value.items():
-        if isinstance(item, dict) and item:
+        if key == "frontier" and item:
+            print(f"{indent}{key} (percent and points, on the calibration's validation split)")
+            for line in _frontier(item, value.get("profiles") or {}):
+                print(f"{indent}  {line}")
+        elif isinstance(item, dict) and item:
             print(f"{indent}{key}")
             _show(item, indent + "  ")
         elif isinstance(item, list) and item and all(isinstance(part, dict) for part in item):
@@ -43,6 +48,27 @@ def _show(value: dict[str, Any], indent: str) -> None:
                 _show(part, indent + "  ")
         else:
             print(f"{indent}{str(key):<{width}}  {_plain(item)}")
+
+
+def _frontier(points: list[dict[str, Any]], profiles: dict[str, float]) -> list[str]:
+    """A table: one line per point, the profiles' names beside theirs."""
+    rows = [("alpha", "threshold", "text-FPR", "WER rise", "at most", "empty speech", "profile")]
+    for point in points:
+        fpr = _percent(point["text_fpr"])
+        if point["text_fpr_lo"] is not None and point["text_fpr_hi"] is not None:
+            fpr += f" [{_percent(point['text_fpr_lo'])}, {_percent(point['text_fpr_hi'])}]"
+        names = ", ".join(name for name, alpha in profiles.items() if math.isclose(alpha, point["alpha"]))
+        rise, upper, empty = (_percent(point[key], 2) for key in ("wer_rise", "wer_rise_hi", "empty_speech"))
+        rows.append((_plain(point["alpha"]), _plain(point["threshold"]), fpr, rise, upper, empty, names))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _percent(fraction: float | None, digits: int = 1) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def _plain(item: Any) -> str:

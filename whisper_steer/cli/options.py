@@ -52,4 +52,12 @@ Language = Annotated[
     str | None,
     typer.Option("--language", help="Spoken language, as en or English; detected by default."),
 ]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say on stderr which windows were withheld and why (gate logit and threshold), what skipping "
+        "them saved, and where else the stream was edited.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

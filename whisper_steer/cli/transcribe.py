@@ -27,6 +27,7 @@ def transcribe(
             help="Decode withheld windows, too; show their words, marked, and write them to files.",
         ),
     ] = False,
+    explain: options.Explain = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per file and line on stdout, nothing else.")
     ] = False,
