@@ -166,9 +166,9 @@ class LatentEdit:
 
     def edited(self, x: Tensor, alpha: float, g: Tensor | None) -> Tensor:
         """x + g (x' - x) in x's dtype, without `reconstruct`; g (...) or None."""
-        parts = (part.to(x.device) for part in (self.W_enc, self.b_enc, self.theta, self.W_dec))
-        gate = None if g is None else g.expand(x.shape[:-1])
-        return kernels.edit(x, *parts, self.change(alpha, x.device), gate=gate)
+        device, gate = x.device, None if g is None else g.expand(x.shape[:-1])
+        encoder = self.W_enc.to(device), self.b_enc.to(device), self.theta.to(device)
+        return kernels.edit(x, *encoder, self.W_dec.to(device), self.change(alpha, device), gate=gate)
 
     def _reconstruction(self, x: Tensor, alpha: float) -> Tensor:
         """The decoded f', (..., d_model) float32. Each mode makes f' = factor f + constant, so that only the
