@@ -5,7 +5,7 @@
     model = WhisperModel("small.en", alpha=1.0)          # else as faster_whisper.WhisperModel
     segments, info = model.transcribe("meeting.mp3", vad_filter=True, word_timestamps=True)
     model.alpha = 0.7                                    # live
-    model.withheld                                       # windows in which nobody spoke, with their words
+    model.withheld                                       # windows in which nobody spoke
 
 How the encoder is edited: ct2_steering.py. Windows in which a gate finds nobody speaking give no segment, in
 sequence and in batches. `whisper_steer.steer` does the same to a faster_whisper.WhisperModel or pipeline that

@@ -239,8 +239,11 @@ class TransformersRegistry(Registry):
         windows.verdicts = [verdicts[row] for row in rows]
         windows.count = len(rows)
         chosen = _only(arguments, rows)
-        if len(arguments["temperatures"]) == 1 and getattr(config, "cache_implementation", None) != "static":
-            # with several temperatures transformers would not narrow this down to the windows it repeats
+        # with several temperatures transformers would not narrow this down to the windows it repeats, and
+        # beams would multiply it at each
+        once = len(arguments["temperatures"]) == 1
+        once |= len(rows) == 1 and (getattr(config, "num_beams", None) or 1) == 1
+        if once and getattr(config, "cache_implementation", None) != "static":
             from transformers.modeling_outputs import BaseModelOutput
 
             chosen["kwargs"] = {**chosen["kwargs"], "encoder_outputs": BaseModelOutput(features[rows])}
