@@ -267,3 +267,24 @@ def test_bake_command(
     assert by_alpha.path.read_bytes() != (shelf / "tiny.pt").read_bytes()
     code, out, err = run(capsys, *words, "--profile", "gentle", "--alpha", "1")
     assert (code, out) == (2, "") and "are both given" in err
+
+
+def test_bake_approximately_by_profile(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fit gets the steering and the profile's alpha; it is what is baked, whole."""
+    from calibration import shift_fit
+
+    asked: list[Any] = []
+
+    def fit(model: str, steering: Steering, folder: str, *, alpha: float, download_root: str | None) -> Any:
+        asked.append((model, steering.name, folder, alpha))
+        raise UsageError("nothing to fit on")
+
+    monkeypatch.setattr(shift_fit, "fit_from_folder", fit)
+    words = ["bake", "--model", shelf / "tiny.pt", "--steering", shelf / "named.safetensors"]
+    words += ["--approximate", tmp_path, "--profile", "strict"]
+    code, _, err = run(capsys, *words)
+    assert code == 2 and asked == [(str(shelf / "tiny.pt"), "test", str(tmp_path), 1.8)]
+    assert err.splitlines()[0].startswith("profile strict: alpha 1.8: words over 1.2 %")
+    assert err.splitlines()[1:] == ["error: nothing to fit on"]
