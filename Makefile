@@ -51,9 +51,9 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes/$(SAES)-seed0 --labels $(OUT)/labels.jsonl \
-	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
+	  --corpus $(OUT)/corpus $(DATA_FLAG) --no-causal --out $(OUT)/fit
 	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
-	  --finalists 2 --heard 160 --measured 800 --out $(MODEL)
+	  --screened 12 --finalists 3 --heard 160 --joined 40 --frontier 200 --out $(MODEL)
 	@cp $(OUT)/saes/$(SAES)-seed0/layer_*.safetensors $(MODEL)/
 	@mkdir -p $(MODEL)/seed1 && cp $(OUT)/saes/$(SAES)-seed1/layer_*.safetensors $(MODEL)/seed1/
 	@$(RUN) calibration.bundle card --quick --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)

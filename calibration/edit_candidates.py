@@ -19,6 +19,8 @@ from whisper_steer.steering import Edit, LatentEdit, MeanAblation
 
 logger = logging.getLogger("whisper_steer")
 
+WINDOW = 30.0  # seconds
+
 _HALVINGS = 3
 
 
@@ -46,7 +48,8 @@ def screen_edits(
     speech = evenly([clip for clip in calibration.speech if normalise(clip.transcript.text)], count)
     if not names or not nonspeech or not speech:
         return []
-    joined = evenly(calibration.joined, count)
+    # of a longer one the window would hold only a part of what is said
+    joined = evenly([clip for clip in calibration.joined if clip.transcript.seconds <= WINDOW], count)
     screen = Screen(
         calibration.model,
         calibration.first_windows(speech),

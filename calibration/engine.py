@@ -28,6 +28,7 @@ from calibration.frames import Ahead, Frames, FrameSource
 from calibration.mixture import DOMAINS
 from calibration.recipe import SAESpec, TrainConfig
 from calibration.sae_training import Moments, SAETrainer, Step
+from calibration.training_choice import measured_choice
 from whisper_steer.errors import FormatError, UsageError
 
 logger = logging.getLogger("whisper_steer")
@@ -94,10 +95,18 @@ class TrainingRun:
 
     def _trainer(self, spec: SAESpec, sharing: Collective, autocast: bool) -> SAETrainer:
         config = self.config
+        sparse = None  # on a CPU the trainer knows
+        if self.device.type == "cuda":
+            latents, device = spec.expansion * self.source.d_model, str(self.device)
+            sparse = measured_choice(
+                spec.activation, self.source.d_model, latents, spec.k, config.batch, device, autocast
+            ).sparse
+            if sharing.size > 1:  # clocks differ: all processes must do the same
+                sparse = sharing.count(int(sparse)) * 2 > sharing.size
         return SAETrainer(
             spec.layer, self.source.d_model, spec.expansion * self.source.d_model,
             activation=spec.activation, k=spec.k, lr=config.lr, sparsity=config.sparsity,
-            auxiliary=config.auxiliary, dead_after=config.dead_after, seed=spec.seed,
+            auxiliary=config.auxiliary, dead_after=config.dead_after, seed=spec.seed, sparse=sparse,
             device=self.device, autocast=autocast, collective=sharing,
         )  # fmt: skip
 

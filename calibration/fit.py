@@ -51,7 +51,8 @@ CAUSAL_K = (4, 16)
 AUDIOSAE_K = (10, 100)
 PARTNERS = 3  # layers that the best one is paired with
 _SILENCE_CLIPS = 64
-_CAUSAL_WINDOWS = 24  # of speech, and of non-speech
+_CAUSAL_WINDOWS = 16  # of speech, and of non-speech
+_CAUSAL_LATENTS = 24  # tried per layer
 
 
 def load_saes(folder: Path, model: Whisper, layers: Sequence[int] | None = None) -> list[SparseAutoencoder]:
@@ -159,7 +160,7 @@ def _causal_edits(
 ) -> dict[str, tuple[Edit, dict[str, Any]]]:
     """Edits on latents chosen by what ablating them does, and by that and the regression."""
     hallucinated = clips.latents[contrast.positive & contrast.used].mean(axis=0)
-    effects = effects_of(sae, candidates(regression.beta, hallucinated))
+    effects = effects_of(sae, candidates(regression.beta, hallucinated, _CAUSAL_LATENTS))
     edits: dict[str, tuple[Edit, dict[str, Any]]] = {}
     for k in CAUSAL_K:
         try:

@@ -71,9 +71,11 @@ class Heard:
     Attributes:
         transcripts: by (set, clip id).
         wer, wer_plain: over all speech clips, with the steering and without.
-        rise: of the WER, absolute: over all speech clips or over the sets that plain Whisper understands,
-            whichever is larger. Where it writes mostly wrong words, losing some of them looks like a gain.
+        rise: of the WER, absolute, over the sets that plain Whisper understands (all, if it understands
+            none). Where it writes mostly wrong words, other wrong words mean nothing, and losing some looks
+            like a gain.
         rise_hi: upper end of its 95 % bootstrap interval (clips drawn with replacement).
+        emptied: share of the speech clips of all sets that came back without words and had some before.
     """
 
     transcripts: Mapping[tuple[str, str], ClipTranscript]
@@ -81,6 +83,7 @@ class Heard:
     wer_plain: float
     rise: float
     rise_hi: float
+    emptied: float = 0.0
 
 
 UNDERSTOOD = 0.5  # plain WER up to which a set counts as understood
@@ -101,14 +104,32 @@ def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscri
     if not tables:
         return Heard(heard, 0.0, 0.0, 0.0, 0.0)
     words, errors, plain_errors = np.concatenate(tables).sum(axis=0)
-    rises = [_rise(np.concatenate(rows)) for rows in (tables, understood) if rows]
+    emptied = [
+        bool(normalise(clip.transcript.text)) and not normalise(transcript.text)
+        for clip, transcript in zip(clips, transcripts, strict=True)
+        if clip.is_speech
+    ]
     return Heard(
         heard,
         float(errors / words),
         float(plain_errors / words),
-        max(rise for rise, _ in rises),
-        max(high for _, high in rises),
+        *_rise(np.concatenate(understood or tables)),
+        float(np.mean(emptied)),
     )
+
+
+def understood_sets(clips: Sequence[CalibrationClip]) -> set[str]:
+    """Names of the speech sets whose plain WER is at most UNDERSTOOD."""
+    totals: dict[str, np.ndarray] = {}
+    for clip in clips:
+        plain = word_errors(clip.reference or "", clip.transcript.text) if clip.is_speech else None
+        if plain is not None:
+            totals[clip.set] = totals.get(clip.set, np.zeros(2)) + (plain.words, plain.total)
+    return {name for name, (words, errors) in totals.items() if errors <= UNDERSTOOD * words}
+
+
+def _without_speech(clips: Sequence[Clip]) -> bool:
+    return all(clip.kind == "nonspeech" for clip in clips)
 
 
 def _rise(rows: np.ndarray) -> tuple[float, float]:
@@ -169,7 +190,9 @@ class Calibration:
 
         cache: file of `label_clips`.
         """
-        sources = join_clips(sets, count=effort.joined, seed=seed)
+        known = understood_sets(fit.table.clips)
+        chosen = {name: clips for name, clips in sets.items() if name in known or _without_speech(clips)}
+        sources = join_clips(chosen if known else sets, count=effort.joined, seed=seed)
         labels = label_clips(model, sources, cache=cache, progress=progress)
         joined = [
             CalibrationClip(clip.id, clip.category, clip.text or "", labels[clip.id].transcript, ())

@@ -4,9 +4,9 @@ Training works on z = (x - mean) / scale, with scale such that z has unit root-m
 arXiv 2602.05027: "scaled to unit norm"), so that one learning rate and one sparsity fit every layer.
 `export` folds both into the weights: the exported SAE takes x itself.
 
-For BatchTopK, TopK and Matryoshka on a CPU everything after the encoder's product runs on the non-zero codes
-alone; the gradients are written out below and tested against autograd. Other variants and devices use
-autograd.
+For BatchTopK, TopK and Matryoshka everything after the encoder's product can run on the non-zero codes alone;
+the gradients are written out below and tested against autograd. On a CPU that is always faster; on a GPU the
+engine measures which is (training_choice.py). Other variants use autograd.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class SAETrainer:
         """activation: one of VARIANTS. sparsity: weight of the sparsity loss of jumprelu (target k) and relu
         (L1). auxiliary: weight of the loss that revives dead latents (Gao et al. 2024, arXiv 2406.04093,
         take 1/32); 0 leaves it out, as AudioSAE does. dead_after: frames without activation after which a
-        latent counts as dead. sparse: written-out sparse gradients; screen: candidates found in bfloat16
-        (see `LargestOfBatch`); None: where they are fast. autocast: products in bfloat16 (CUDA).
-        collective: the processes that share this SAE's gradients.
+        latent counts as dead. sparse: written-out sparse gradients (None: on a CPU); screen: candidates
+        found in bfloat16 (see `LargestOfBatch`; None: where that is fast). autocast: products in bfloat16
+        (CUDA). collective: the processes that share this SAE's gradients.
 
         Raises UsageError: an unknown variant, or one that lacks its k.
         """
@@ -137,8 +137,9 @@ class SAETrainer:
         self.layer, self.k, self.sparsity, self.seed = layer, k, sparsity, seed
         self.auxiliary, self.dead_after = auxiliary, dead_after
         self.collective, self.autocast = collective, autocast
-        by_topk = isinstance(self.form, (BatchTopK, TopK)) and device.type == "cpu"
-        self.sparse = by_topk and (sparse_products_work() if sparse is None else sparse)
+        by_default = device.type == "cpu" and sparse_products_work()
+        by_topk = isinstance(self.form, (BatchTopK, TopK))
+        self.sparse = by_topk and (by_default if sparse is None else sparse)
         self.base_lr = lr
         parameters = [*self.sae.parameters(), *self.form.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
@@ -273,12 +274,12 @@ class SAETrainer:
             g = g + residual * (2 / (len(z) * len(groups)))
             slopes = part.products(g, sae.W_dec[begin:end])
             turned = part.transposed()
-            W_dec_gradients.insert(0, turned.matrix() @ g)
-            W_enc_gradients.insert(0, turned.matrix(slopes[turned.order]) @ z)
+            W_dec_gradients.insert(0, turned.times(g))
+            W_enc_gradients.insert(0, turned.with_values(slopes[turned.order]).times(z))
             sae.b_enc.grad[begin:end].index_add_(0, part.columns, slopes)
         sae.W_dec.grad, sae.W_enc.grad = _joined(W_dec_gradients), _joined(W_enc_gradients)
         sae.b_dec.grad = g.sum(dim=0)
-        active = torch.zeros(sae.n_latents, dtype=torch.bool)
+        active = torch.zeros(sae.n_latents, dtype=torch.bool, device=z.device)
         active[codes.columns] = True
         with torch.enable_grad():
             auxiliary = self._auxiliary_loss(z, residuals[-1], active)
@@ -288,6 +289,8 @@ class SAETrainer:
 
     def _codes(self, z: Tensor) -> SparseCodes:
         """The codes that the training form keeps, without those that are zero anyway."""
+        if z.device.type != "cpu":
+            return self._codes_by_form(z)
         if isinstance(self._choose, LargestOfFrame) or not isinstance(self.form, BatchTopK):
             return self._choose(z, self.sae.W_enc, self.sae.b_enc)
         codes = self._choose(z, self.sae.W_enc, self.sae.b_enc, self.collective)
@@ -297,6 +300,13 @@ class SAETrainer:
             self.form.smallest_kept.lerp_(torch.tensor(self._choose.smallest), weight)
             self.form.steps += 1
         return codes
+
+    def _codes_by_form(self, z: Tensor) -> SparseCodes:
+        """The same from the training form itself: where choosing with numpy would mean copying."""
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+            pre = self.sae.pre_activations(z)
+        pre = pre.float()
+        return SparseCodes.of(self._everyones_largest(pre) if self.collective.size > 1 else self.form(pre))
 
     # ---------- dead latents
 

@@ -22,8 +22,9 @@ from whisper_steer.errors import UsageError
 from whisper_steer.gate import MIN_FRAME_GATE, Gate
 
 SMOOTHINGS = (9, 15, 21, 31)
-SHUT = 0.999  # share of speech frames on which no edit may act
-MIN_RUN = 25  # frames (0.5 s): shorter pauses between words stay as they are
+SHUT = 0.9999  # share of speech frames on which no edit may act
+MIN_RUN = 50  # frames (1 s): shorter pauses stay as they are
+MARGIN = 15  # frames (0.3 s) beside speech that stay as they are
 # gates are compared at several budgets at once: one more or one less lost clip must not decide
 _BUDGET_FACTORS = (0.5, 1.0, 2.0, 4.0)
 _DRAWS = 2000
@@ -312,12 +313,19 @@ def with_spread(gate: Gate, logits: np.ndarray, clips: Sequence[CalibrationClip]
 
 
 def with_frame_gate(
-    gate: Gate, logits: np.ndarray, targets: np.ndarray, *, shut: float = SHUT, min_run: int = MIN_RUN
+    gate: Gate,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    *,
+    shut: float = SHUT,
+    min_run: int = MIN_RUN,
+    margin: int = MARGIN,
 ) -> Gate:
-    """Set slope, centre and shortest run of the per-frame gate: shut (below 0.01, so exactly 0) on the share
-    `shut` of speech frames, 0.9 one logit above that.
+    """Set slope, centre, shortest run and margin of the per-frame gate: shut (below 0.01, so exactly 0) on
+    the share `shut` of speech frames, 0.9 one logit above that.
 
-    logits: (rows, frames) unsmoothed; targets: (rows, frames) SPEECH, NOBODY or UNCLEAR. min_run: frames.
+    logits: (rows, frames) unsmoothed; targets: (rows, frames) SPEECH, NOBODY or UNCLEAR. min_run, margin: in
+    frames.
     """
     speech = smoothed(logits, gate.smooth)[targets == SPEECH]
     if not len(speech):
@@ -326,4 +334,4 @@ def with_frame_gate(
     scale = float(np.log(0.9 / 0.1)) - shut_logit
     # a logit of 0 says that either is as likely: the gate is never open below
     centre = max(float(np.quantile(speech, shut)), 0.0) - shut_logit / scale
-    return replace(gate, frame_scale=scale, frame_bias=centre, min_run=min_run)
+    return replace(gate, frame_scale=scale, frame_bias=centre, min_run=min_run, margin=margin)

@@ -1,16 +1,14 @@
 """The few non-zero codes of a batch: choosing them, and multiplying with nothing but them.
 
-Only k of n codes per frame survive, so everything behind the encoder's product can run on those alone. On a
-CPU torch's sparse products (MKL) do the multiplying and numpy the choosing: both are several times as fast
-there as torch's own dense top-k and scatter.
+Only k of n codes per frame survive, so everything behind the encoder's product can run on those alone.
+`whisper_steer.kernels` does the multiplying; on a CPU numpy does the choosing, several times as fast there as
+torch's own dense top-k and scatter.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +16,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from calibration.collectives import ALONE, Collective
+from whisper_steer import kernels
+from whisper_steer.kernels.cpu import bfloat16_is_fast, sparse_products_work
+
+__all__ = [
+    "LargestOfBatch", "LargestOfFrame", "SparseCodes", "bfloat16_is_fast", "screened", "sparse_products_work",
+]  # fmt: skip
 
 # shares of the last step's smallest kept value above which pre-activations are looked at when the largest
 # k x B are sought, one after the other until there are enough; only speed depends on them
@@ -25,28 +29,6 @@ MARGINS = (0.9, 0.6)
 # the same for a frame's k largest, relative to the frame's norm; bfloat16's error is some 0.1 %
 FRAME_MARGIN = 0.97
 SAMPLE = 128  # frames that a first hint is taken from
-
-
-@lru_cache(maxsize=1)
-def sparse_products_work() -> bool:
-    """Whether torch's sparse products run here (on a CPU they need MKL)."""
-    with warnings.catch_warnings():
-        # torch says once per process that CSR tensors are in beta
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            offsets, columns = torch.tensor([0, 1]), torch.tensor([0])
-            matrix = torch.sparse_csr_tensor(offsets, columns, torch.ones(1), (1, 1), check_invariants=False)
-            torch.sparse.sampled_addmm(matrix, torch.ones(1, 1), torch.ones(1, 1), beta=0.0)
-            return bool((matrix @ torch.ones(1, 1)).item() == 1)
-        except RuntimeError:
-            return False
-
-
-@lru_cache(maxsize=1)
-def bfloat16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated, slower than float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return bool(supported or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 @dataclass(frozen=True)
@@ -70,26 +52,42 @@ class SparseCodes:
         offsets[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
         return cls(offsets, flat - rows * shape[1], values, shape)
 
-    def matrix(self, values: Tensor | None = None) -> Tensor:
-        chosen = self.values if values is None else values
-        return torch.sparse_csr_tensor(self.offsets, self.columns, chosen, self.shape, check_invariants=False)
+    @classmethod
+    def of(cls, dense: Tensor) -> SparseCodes:
+        """From dense codes (B, n), on any device."""
+        codes = kernels.Codes.of(dense)
+        offsets = codes.offsets if codes.offsets is not None else torch.zeros(1, dtype=torch.int64)
+        return cls(offsets, codes.indices.long(), codes.values, (dense.shape[0], dense.shape[1]))
+
+    def codes(self) -> kernels.Codes:
+        """The same as the kernels take it."""
+        rows, latents = self.shape
+        return kernels.Codes(self.values, self.columns.int(), latents, (rows,), self.offsets)
+
+    def dense(self) -> Tensor:
+        """(B, n)."""
+        return self.codes().dense()
+
+    def with_values(self, values: Tensor) -> SparseCodes:
+        """The same places with other values."""
+        return replace(self, values=values)
 
     def times(self, weights: Tensor) -> Tensor:
         """codes (B, n) @ weights (n, d)."""
-        return self.matrix() @ weights
+        return kernels.decode(self.codes(), weights)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """left[row] . right[column] for every non-zero: left (B, d), right (n, d)."""
-        sampled = torch.sparse.sampled_addmm(self.matrix(), left, right.T, beta=0.0)
-        return sampled.values()
+        return kernels.products(self.codes(), left, right)
 
     def transposed(self) -> SparseCodes:
         """The (n, B) transpose; `order` says where each value went."""
-        order = torch.argsort(self.columns, stable=True)
-        offsets = torch.zeros(self.shape[1] + 1, dtype=torch.int64)
-        offsets[1:] = torch.bincount(self.columns, minlength=self.shape[1]).cumsum(0)
-        rows = torch.repeat_interleave(torch.arange(self.shape[0]), self.offsets.diff())
-        return SparseCodes(offsets, rows[order], self.values[order], (self.shape[1], self.shape[0]), order)
+        codes = self.codes()
+        order = codes.transposed_order()
+        turned = codes.transposed(order)
+        offsets = self.offsets if turned.offsets is None else turned.offsets
+        shape = (self.shape[1], self.shape[0])
+        return SparseCodes(offsets, turned.indices.long(), turned.values, shape, order)
 
     def chosen(self, keep: Tensor) -> SparseCodes:
         """The codes where `keep` (one bool per non-zero) is set."""

@@ -60,7 +60,7 @@ logger = logging.getLogger("whisper_steer")
 
 GATE_KINDS = ("latents", "raw", "any")
 # frame gates to try for an edit that costs too much, each more careful than the one before
-CAUTION = ((SHUT, MIN_RUN), (0.9999, 2 * MIN_RUN), (1.0, 4 * MIN_RUN))
+CAUTION = ((SHUT, MIN_RUN), (1.0, 2 * MIN_RUN), (1.0, 4 * MIN_RUN))
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,13 @@ def find_winner(
                     "min_run": min_run,
                     "wer_rise": heard.rise,
                     "wer_rise_hi": heard.rise_hi,
+                    "emptied": heard.emptied,
                 }
             )
-            if heard.rise_hi <= budget:
+            logger.info(
+                "%s, %d frames: WER %+.5f, up to %+.5f", chosen.name, min_run, heard.rise, heard.rise_hi
+            )
+            if heard.rise_hi <= budget and heard.emptied <= calibration.budget.share:
                 recipes = [calibration.fit.recipes[name] for name in chosen.name.split("+")]
                 record["edit"] = {**candidate_record(chosen), "recipes": recipes}
                 steering = Steering(chosen.edits, gate, _bare(calibration))
@@ -216,6 +220,7 @@ def _ranked(
         "gap_wer": gaps.wer,
         "gap_wer_plain": gaps.wer_plain,
     }
+    logger.info("%s", record)
     over = heard.rise > calibration.budget.wer_rise
     rates = (sum(t.hr for t in after) / total, sum(t.nsp for t in after) / total)
     return (float(over), text + gaps.wer, *rates), candidate, record

@@ -154,15 +154,18 @@ def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
     assert (g[2:] > 0.9).float().mean() > 0.999  # far above speech it is open, not only half
     # from shut to 0.9 within one logit
     assert fitted.frame_scale == pytest.approx(np.log(9) + np.log(99), rel=1e-3)
-    limit = max(float(np.quantile(logits[targets == SPEECH], 0.999)), 0.0)
-    probe = torch.tensor([[limit - 1e-3, limit + 1e-3, limit + 1.0]]).repeat_interleave(30, dim=1)
-    low, edge, high = fitted.frame_gate(probe)[0].reshape(3, 30)[:, 15]
+    limit = max(float(np.quantile(logits[targets == SPEECH], 0.9999)), 0.0)
+    probe = torch.tensor([[limit - 1e-3, limit + 1e-3, limit + 1.0]]).repeat_interleave(60, dim=1)
+    low, edge, high = fitted.frame_gate(probe)[0].reshape(3, 60)[:, 30]
     assert low == 0 and 0.01 <= edge < 0.02 and high == pytest.approx(0.9, abs=0.005)
-    # a pause shorter than half a second stays as it is
+    # a pause shorter than a second stays as it is
     pause = torch.full((1, 100), -9.0)
-    pause[0, 40:60] = 9.0
+    pause[0, 30:70] = 9.0
     assert (fitted.frame_gate(pause) == 0).all()
-    pause[0, 40:70] = 9.0
-    assert (fitted.frame_gate(pause)[0, 40:70] > 0.9).all()
-    assert with_frame_gate(gate(), logits, targets, min_run=10).min_run == 10
+    pause[0, 20:90] = 9.0
+    g = fitted.frame_gate(pause)[0]
+    # and of a longer one the 0.3 s next to speech
+    assert (g[35:75] > 0.9).all() and (g[:35] == 0).all() and (g[75:] == 0).all()
+    other = with_frame_gate(gate(), logits, targets, min_run=10, margin=3)
+    assert (other.min_run, other.margin) == (10, 3)
     assert with_frame_gate(gate(), logits, np.full_like(targets, UNCLEAR)).frame_scale == 1.0

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,22 @@ def test_only_the_gates_own_latents_are_encoded(monkeypatch):
 def test_widths_and_indices():
     assert latent_gate().d_model == 2 and raw_gate(5).d_model == 5
     assert latent_gate().probes[0].indices.tolist() == [0, 1]
+
+
+def test_a_margin_beside_speech_stays_shut():
+    gate = replace(raw_gate(), smooth=1, frame_scale=1.0, frame_bias=0.0, min_run=3, margin=2)
+    logits = torch.full((1, 20), 9.0)
+    logits[0, 8:10] = -9.0
+    logits[0, 17] = -9.0
+    shut = gate.frame_gate(logits)[0] == 0
+    # open up to the window's edges (nothing is known beyond), but not within two frames of 8-9 and 17; what
+    # follows 17 is shorter than three frames
+    expected = [False] * 6 + [True] * 6 + [False] * 3 + [True] * 5
+    assert shut.tolist() == expected
+    plain = replace(gate, margin=0).frame_gate(logits)[0]
+    assert torch.equal(plain[~shut], gate.frame_gate(logits)[0][~shut])
+    with pytest.raises(UsageError, match="Gate has margin -1"):
+        replace(gate, margin=-1)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ class Gate:
     threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
     small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
     min_run: the per-frame gate stays shut in stretches of fewer frames than this: a pause inside a sentence
-    is speech.
+    is speech. margin: it also stays shut for so many frames beside what it took for speech, whose onsets and
+    ends are soft.
     """
 
     probes: tuple[Probe, ...]
@@ -38,6 +39,7 @@ class Gate:
     frame_scale: float
     frame_bias: float
     min_run: int = 1
+    margin: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probes", tuple(self.probes))
@@ -54,6 +56,7 @@ class Gate:
         if self.smooth % 2 == 0:
             raise UsageError(f"gate has smooth {self.smooth}: expected an odd number of frames")
         set_int(self, "min_run", 1)
+        set_int(self, "margin", 0)
 
     @property
     def layer(self) -> int:
@@ -109,12 +112,15 @@ class Gate:
         return frame_logits.amin(dim=-1)
 
     def frame_gate(self, frame_logits: Tensor) -> Tensor:
-        """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; below 0.01, and in
-        stretches shorter than min_run, it is 0."""
+        """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; 0 below 0.01, in
+        stretches shorter than min_run, and within `margin` frames of where it is shut otherwise."""
         g = torch.sigmoid(self.frame_scale * (frame_logits - self.frame_bias))
         open_ = g >= MIN_FRAME_GATE  # False for NaN, too
         if self.min_run > 1 and open_.shape[-1] > 0:
             open_ = _long_runs(open_, self.min_run)
+        if self.margin > 0 and open_.shape[-1] > 0:
+            shut = F.max_pool1d((~open_).float().unsqueeze(1), 2 * self.margin + 1, 1, self.margin)
+            open_ = shut.squeeze(1) == 0
         return torch.where(open_, g, torch.zeros_like(g))
 
     def window_threshold(self, alpha: float) -> float:
