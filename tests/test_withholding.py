@@ -59,7 +59,7 @@ def test_whisper_drops_everything_where_nobody_speaks(tiny_whisper):
         assert record.text == plain[0] and record.start is None and record.end is None
         assert record.score == pytest.approx(1 / (1 + math.exp(-10.0)))
         assert record.no_speech_prob < 0.6 and record.avg_logprob < 0
-        assert (record.logit, record.threshold, record.decoded) == (10.0, 0.0, True)
+        assert (record.logit, record.threshold, record.decoded) == (10.0, 2.0, True)
     assert whisper.transcribe(tiny_whisper, sound, **QUICK)["text"] != ""
 
 
@@ -191,7 +191,7 @@ def test_the_decoder_is_run_for_withheld_windows_only_if_asked_for(tiny_whisper)
         result = tiny_whisper.decode(mel(), OPTIONS)
         assert runs == [] and result.text == "" and result.language == "en"
         sure = pytest.approx(1.0, abs=1e-4)
-        assert handle.withheld[0] == Suppressed(None, None, None, sure, None, None, 10.0, 0.0)
+        assert handle.withheld[0] == Suppressed(None, None, None, sure, None, None, 10.0, 2.0)
         assert not handle.withheld[0].decoded
         _, withheld = collected(tiny_whisper, audio(1, 45))
         assert runs == [] and [w[:2] for w in withheld] == [(0.0, 30.0), (30.0, 45.0)]
