@@ -5,6 +5,7 @@ import torch
 from calibration.collectives import Collective
 from calibration.sae_training import PREFIXES, VARIANTS, SAETrainer
 from calibration.sparse_codes import LargestOfBatch, LargestOfFrame, SparseCodes, sparse_products_work
+from calibration.training_choice import measured_choice
 from whisper_steer.activation_functions import BatchTopK, topk
 from whisper_steer.errors import UsageError
 
@@ -54,7 +55,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_also_when_the_margin_was_too_h
     for hint in (0.0, 0.5, 100.0):  # no hint, a fair one, a useless one
         choose.smallest = hint
         kept = choose.of(pre)
-        assert torch.equal(kept.matrix().to_dense(), expected)
+        assert torch.equal(kept.dense(), expected)
         assert choose.smallest == float(expected[expected > 0].min())
     assert len(kept.values) == 4 * 32
 
@@ -94,7 +95,7 @@ def test_ties_at_the_threshold_keep_exactly_as_many_as_wanted():
 @needs_sparse
 def test_topk_keeps_the_largest_of_every_frame():
     kept = LargestOfFrame(2).of(torch.tensor([[3.0, 1.0, 2.0], [-1.0, 5.0, -2.0]]))
-    assert kept.matrix().to_dense().tolist() == [[3.0, 0.0, 2.0], [0.0, 5.0, 0.0]]
+    assert kept.dense().tolist() == [[3.0, 0.0, 2.0], [0.0, 5.0, 0.0]]
 
 
 @needs_sparse
@@ -104,7 +105,7 @@ def test_topk_does_not_depend_on_the_hint(hint):
     choose.smallest = hint
     pre = torch.randn(50, 40, generator=torch.Generator().manual_seed(5))
     pre[7] = -1.0
-    assert torch.equal(choose.of(pre).matrix().to_dense(), topk(pre, 5))
+    assert torch.equal(choose.of(pre).dense(), topk(pre, 5))
 
 
 @needs_sparse
@@ -116,7 +117,7 @@ def test_topk_screened_in_bfloat16_chooses_what_float32_chooses(hint):
     b = 0.05 * torch.randn(300, generator=generator)
     choose = LargestOfFrame(6, screen=True)
     choose.smallest = hint
-    torch.testing.assert_close(choose(z, W, b).matrix().to_dense(), topk(z @ W.T + b, 6))
+    torch.testing.assert_close(choose(z, W, b).dense(), topk(z @ W.T + b, 6))
 
 
 @needs_sparse
@@ -125,7 +126,7 @@ def test_columns_between_cuts_the_dense_matrix():
     codes = LargestOfBatch(3).of(pre)
     for begin, end in ((0, 4), (4, 10), (7, 7), (0, 10)):
         part = codes.columns_between(begin, end)
-        assert torch.equal(part.matrix().to_dense(), codes.matrix().to_dense()[:, begin:end])
+        assert torch.equal(part.dense(), codes.dense()[:, begin:end])
 
 
 @needs_sparse
@@ -138,7 +139,7 @@ def test_sparse_codes_multiply_as_their_dense_matrix():
     torch.testing.assert_close(codes.times(weights), dense @ weights)
     products = left @ weights.T
     torch.testing.assert_close(codes.products(left, weights), products.flatten()[flat])
-    torch.testing.assert_close(codes.transposed().matrix().to_dense(), dense.T)
+    torch.testing.assert_close(codes.transposed().dense(), dense.T)
 
 
 @pytest.mark.parametrize("activation", VARIANTS)
@@ -333,4 +334,28 @@ def test_with_several_processes_the_largest_of_all_frames_are_kept(hint):
     assert torch.equal(one._everyones_largest(both[:20]), expected)
     choose = LargestOfBatch(4)
     choose.smallest = hint
-    assert torch.equal(choose.of(both[:20], collective).matrix().to_dense(), expected)
+    assert torch.equal(choose.of(both[:20], collective).dense(), expected)
+
+
+@needs_sparse
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+def test_codes_by_the_training_form_are_those_chosen_with_numpy(activation):
+    """What a GPU does, on the CPU."""
+    one, other = trainer(activation), trainer(activation)
+    z = one.normalised(activations(seed=1))
+    with torch.no_grad():
+        chosen, by_form = one._codes(z), other._codes_by_form(z)
+    torch.testing.assert_close(by_form.dense(), chosen.dense())
+    assert float(by_form.dense().sum()) > 0
+    if activation == "batchtopk":
+        torch.testing.assert_close(one.form.theta(), other.form.theta())
+
+
+def test_what_trains_faster_is_measured(caplog):
+    measured_choice.cache_clear()
+    with caplog.at_level("INFO", logger="whisper_steer"):
+        found = [measured_choice("topk", 16, 64, 4, 32, "cpu", False) for _ in range(2)]
+    assert found[0] is found[1] and len(caplog.messages) == 1
+    assert found[0].sparse == (found[0].sparse_s < found[0].dense_s)
+    assert f"{'sparse' if found[0].sparse else 'dense'} gradients" in caplog.messages[0]
+    assert not measured_choice("relu", 16, 64, None, 32, "cpu", False).sparse  # it has no sparse form

@@ -136,19 +136,19 @@ class Codes:
             return self
         return replace(self, indices=self.indices.short())
 
-    def transposed(self) -> Codes:
+    def transposed(self, order: Tensor | None = None) -> Codes:
         """(n_latents, frames) codes in CSR layout: for each latent its frames, ascending, places of 0
         included.
 
         Its `indices` are frames. Needs no answer from a GPU: only a stable sort. `transposed_order` says
         where each value came from.
         """
-        order = self.transposed_order()
+        order = self.transposed_order() if order is None else order
         width = 1 if self.offsets is not None else max(self.values.shape[1], 1)
         rows = self.rows().reshape(-1)[order] if self.offsets is not None else order // width
         # unlike a bincount, a search makes no GPU wait
-        bounds = torch.arange(self.n_latents + 1, dtype=self.indices.dtype, device=self.device)
-        offsets = torch.searchsorted(self.indices.reshape(-1)[order], bounds)
+        bounds = torch.arange(self.n_latents + 1, dtype=torch.int32, device=self.device)
+        offsets = torch.searchsorted(self.indices.reshape(-1)[order].int(), bounds)
         return Codes(self.values.reshape(-1)[order], rows.int(), self.frames, (self.n_latents,), offsets)
 
     def transposed_order(self) -> Tensor:

@@ -65,6 +65,12 @@ def _kernels() -> Any:
     return kernels
 
 
+def _run(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch with x as its first argument, on x's device: Triton takes the current one."""
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *arguments, **options)
+
+
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, *, width: int | None = None
 ) -> Codes:
@@ -96,12 +102,14 @@ def _encode_threshold(
         part_values = torch.empty(frames, parts, places, dtype=torch.float32, device=x.device)
         part_indices = torch.empty(frames, parts, places, dtype=torch.int32, device=x.device)
         part_counts = torch.empty(frames, parts, dtype=torch.int32, device=x.device)
-        _kernels().encode_threshold[(-(-frames // blocks["BLOCK_F"]), parts)](
+        _run(
+            _kernels().encode_threshold, (-(-frames // blocks["BLOCK_F"]), parts),
             x, W_enc, b_enc.contiguous(), theta.contiguous(), part_values, part_indices, part_counts,
             frames, n, d, segment, places, **blocks,
             PRECISION="ieee", UPCAST=interpreted(), num_warps=4 if x.dtype == torch.float32 else 8,
         )  # fmt: skip
-        _kernels().gather_segments[(frames,)](
+        _run(
+            _kernels().gather_segments, (frames,),
             part_values, part_indices, part_counts, values, indices, counts, parts, places, width,
             BLOCK_P=_power(places), BLOCK_W=_power(width),
         )  # fmt: skip
@@ -121,7 +129,8 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Codes:
     indices = torch.empty(frames, k, dtype=torch.int32, device=x.device)
     if frames:
         blocks = {"BLOCK_F": 16 if interpreted() else 64, "BLOCK_N": max(64, _power(k)), "BLOCK_D": 32}
-        _kernels().encode_topk[(-(-frames // blocks["BLOCK_F"]),)](
+        _run(
+            _kernels().encode_topk, (-(-frames // blocks["BLOCK_F"]),),
             flat, _fitting(W_enc, flat), b_enc.contiguous(), values, indices, frames, n, d, k,
             K=_power(k), **blocks, PRECISION="ieee", UPCAST=interpreted(), num_warps=4,
         )  # fmt: skip
@@ -145,7 +154,8 @@ def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     csr = codes.offsets is not None
     block = min(256, _power(d))
     values = codes.values.contiguous()
-    _kernels().weighted_rows[(codes.frames, -(-d // block))](
+    _run(
+        _kernels().weighted_rows, (codes.frames, -(-d // block)),
         values, codes.indices.contiguous(), codes.offsets if csr else values, W_dec.contiguous(),
         values if b_dec is None else b_dec.contiguous(), out, d, 0 if csr else codes.values.shape[1],
         CSR=csr, HAS_BIAS=b_dec is not None, BLOCK_K=8, BLOCK_D=block, num_warps=4,
@@ -163,7 +173,8 @@ def weight_gradient(codes: Codes, g: Tensor, *, deterministic: bool = True) -> T
     count = codes.values.numel()
     if count and d:
         csr, block = codes.offsets is not None, min(256, _power(d))
-        _kernels().scatter_rows[(count, -(-d // block))](
+        _run(
+            _kernels().scatter_rows, (count, -(-d // block)),
             codes.values.contiguous(), codes.indices.contiguous(), codes.rows() if csr else codes.indices,
             g.contiguous(), out, d, 1 if csr else codes.values.shape[1], count,
             CSR=csr, BLOCK_D=block, num_warps=4,
@@ -176,7 +187,8 @@ def products(codes: Codes, left: Tensor, right: Tensor) -> Tensor:
     out = torch.empty(codes.values.shape, dtype=torch.float32, device=codes.device)
     if out.numel():
         csr, d = codes.offsets is not None, left.shape[1]
-        _kernels().products[(-(-out.numel() // 16),)](
+        _run(
+            _kernels().products, (-(-out.numel() // 16),),
             codes.indices.contiguous(), codes.rows() if csr else codes.indices, left.contiguous(),
             right.contiguous(), out, out.numel(), d, 1 if csr else codes.values.shape[1],
             CSR=csr, BLOCK_K=16, BLOCK_D=min(128, _power(d)), num_warps=4,
@@ -206,7 +218,8 @@ def edit(
         work = x.dtype if W_enc.dtype == x.dtype else torch.float32
         rows = 16 if interpreted() else 64 if m <= 128 and work != torch.float32 else 32
         dummy = b_enc.contiguous()
-        _kernels().edit[(-(-frames // rows),)](
+        _run(
+            _kernels().edit, (-(-frames // rows),),
             flat, W_enc.to(work).contiguous(), dummy, theta.contiguous(), W_dec.to(work).contiguous(),
             change.values.contiguous(), dummy if gate is None else gate.reshape(-1).contiguous(), out,
             frames, m, d, float(change.amount), MODE=MODES.index(change.mode), FLOOR=change.floor,
