@@ -93,6 +93,22 @@ def combinations(candidates: Sequence[Candidate]) -> dict[str, tuple[Edit, ...]]
     return found
 
 
+def pick_finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """`count` of the candidates (best first): the best of every kind - silence, one other edit, several
+    together - before the next ones, since a few windows are a rough measure."""
+
+    def kind(candidate: Candidate) -> str:
+        if not adjustable(candidate):
+            return "silence"
+        return "one" if len(candidate.edits) == 1 else "several"
+
+    best: dict[str, Candidate] = {}
+    for candidate in candidates:
+        best.setdefault(kind(candidate), candidate)
+    first = list(best.values())
+    return [*first, *(candidate for candidate in candidates if candidate not in first)][:count]
+
+
 def weakened(candidate: Candidate, factor: float) -> Candidate:
     """The same edits, weaker; silence stays as it is."""
     edits = tuple(

@@ -30,6 +30,7 @@ from calibration.edit_candidates import (
     candidate_record,
     dearest,
     fit_to_budget,
+    pick_finalists,
     screen_edits,
     weakened,
 )
@@ -147,7 +148,7 @@ def find_winner(
     ranked: list[tuple[tuple[float, ...], Candidate | None, dict[str, float]]] = []
     nothing = hearing.hear((), [*passing, *speech], "gate alone", progress=progress)
     ranked.append(_ranked(calibration, hearing, None, nothing, passing, progress))
-    for candidate in candidates[: calibration.effort.finalists]:
+    for candidate in pick_finalists(candidates, calibration.effort.finalists):
         candidate, heard = fit_to_budget(
             lambda one: hearing.hear(one.edits, [*passing, *speech], one.name, progress=progress),
             candidate,
@@ -335,6 +336,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         default = getattr(Effort, field)
         parser.add_argument(f"--{field}", type=int, default=default, help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--no-refit",
+        dest="refitted",
+        action="store_false",
+        help="keep the gate as it was fitted on training clips: do not try it on calibration clips, too",
+    )
     parser.add_argument("--only", choices=("steering", "audiosae"), help="write one of the two files only")
     parser.add_argument("--quick", action="store_true", help="the small calibration sets (as fitted)")
     args = parser.parse_args(argv)
@@ -353,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     written: list[tuple[Path, Steering]] = []
     if args.only != "audiosae":
-        choice, logits = find_gate(calibration, args.gate_kind)
+        choice, logits = find_gate(calibration, args.gate_kind, refitted=args.refitted)
         result = choice.result
         lost = ", ".join(f"{name} {share:.1%}" for name, share in result.lost.items())
         print(

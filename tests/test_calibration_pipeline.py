@@ -10,7 +10,7 @@ from calibration_tools import clips, make_terse_whisper, sound
 
 from calibration import edit_fit, fit, gate_fit, sweep
 from calibration.decoding import transcribe_clips
-from calibration.edit_candidates import fit_to_budget
+from calibration.edit_candidates import fit_to_budget, pick_finalists
 from calibration.fit_files import read_fit, write_fit
 from calibration.gated_hearing import GatedHearing
 from calibration.hallucinations import label_clips
@@ -282,6 +282,25 @@ def test_strengths_are_halved_until_words_are_safe():
     silent = Candidate("silence", edits[:1], 1.0, 0.0, Effect(0, 0, 0, 0, 0))
     kept, heard = fit_to_budget(lambda one: Heard({}, 0, 0, 0.5, 0.5), silent, 0.001)
     assert kept is silent and heard.rise == 0.5
+
+
+def test_every_kind_of_edit_gets_into_the_final():
+    shift, silence = Shift(1, torch.ones(4), 1.0), MeanAblation(0, torch.zeros(1, 4))
+
+    def one(name, *edits):
+        return Candidate(name, edits, 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+
+    ranked = [
+        one("a", shift),
+        one("b", shift),
+        one("a+b", shift, shift),
+        one("c", shift),
+        one("s", silence),
+        one("s+s", silence, silence),
+        one("s+a", silence, shift),
+    ]
+    names = [[c.name for c in pick_finalists(ranked, count)] for count in (0, 1, 3, 5)]
+    assert names == [[], ["a"], ["a", "a+b", "s"], ["a", "a+b", "s", "b", "c"]]
 
 
 def test_gate_kind_must_exist(calibration):
