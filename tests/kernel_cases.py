@@ -48,9 +48,9 @@ def random_case(frames=18, d=48, n=70, seed=0):
     )
 
 
-def adversarial():
+def adversarial(frames=18, d=48, n=70):
     """Name -> case: what goes wrong first."""
-    usual = random_case()
+    usual = random_case(frames, d, n)
     outlier = usual.x.clone()
     outlier[:, 5] = 3e4
     alternate = usual.x.clone()
@@ -62,14 +62,14 @@ def adversarial():
     }
     return {
         "random": usual,
-        "one frame": random_case(frames=1),
-        "one latent": random_case(n=1),
+        "one frame": random_case(1, d, n),
+        "one latent": random_case(frames, d, 1),
         "outlier dimension": replace(usual, x=outlier),
         "frames without codes": replace(usual, x=alternate),
-        "every latent a code": replace(usual, theta=torch.full((70,), -50.0), b_enc=torch.full((70,), 20.0)),
-        "thresholds below zero": replace(usual, theta=torch.full((70,), -1.0)),
+        "every latent a code": replace(usual, theta=torch.full((n,), -50.0), b_enc=torch.full((n,), 20.0)),
+        "thresholds below zero": replace(usual, theta=torch.full((n,), -1.0)),
         "ties": Case(**whole),
-        "denormals": replace(usual, x=1e-39 * usual.x, b_enc=torch.zeros(70), theta=torch.zeros(70)),
+        "denormals": replace(usual, x=1e-39 * usual.x, b_enc=torch.zeros(n), theta=torch.zeros(n)),
     }
 
 
