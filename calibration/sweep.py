@@ -131,15 +131,22 @@ def _bare(calibration: Calibration) -> dict[str, Any]:
 
 
 def find_winner(
-    calibration: Calibration, choice: GateChoice, logits: np.ndarray, *, progress: bool = True
+    calibration: Calibration,
+    choice: GateChoice,
+    logits: np.ndarray,
+    *,
+    edits: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> Chosen:
-    """Gate and edits together."""
-    names = [
-        name
-        for name in calibration.fit.edits
-        # the mean difference is the S-vector at another strength
-        if not name.startswith(("audiosae", "meandiff"))
-    ]
+    """Gate and edits together. edits: names of those that may win, as the fit has them; None: all.
+
+    Raises UsageError for an edit that the fit does not have.
+    """
+    # the mean difference is the S-vector at another strength
+    known = [name for name in calibration.fit.edits if not name.startswith(("audiosae", "meandiff"))]
+    if unknown := [name for name in edits or () if name not in known]:
+        raise UsageError(f"the fit has no edit {unknown[0]!r}: expected some of {', '.join(known)}")
+    names = known if edits is None else list(edits)
     candidates = screen_edits(calibration, choice, names, logits, progress=progress)
     hearing = GatedHearing(calibration, choice.gate, logits)
     speech = evenly(calibration.speech, calibration.effort.heard)
@@ -337,6 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default = getattr(Effort, field)
         parser.add_argument(f"--{field}", type=int, default=default, help=f"{what} (default: {default})")
     parser.add_argument(
+        "--edits", default=None, help="only these edits may win, names of the fit with commas (default: all)"
+    )
+    parser.add_argument(
         "--no-refit",
         dest="refitted",
         action="store_false",
@@ -368,7 +378,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"text-FPR {result.plain_text_fpr:.3f} -> {result.text_fpr:.3f}, "
             f"WER {result.wer_plain:.4f} -> {result.wer:.4f}, lost {lost}"
         )
-        winner = finish(calibration, find_winner(calibration, choice, logits), "default")
+        edits = None if args.edits is None else [name for name in args.edits.split(",") if name]
+        winner = finish(calibration, find_winner(calibration, choice, logits, edits=edits), "default")
         written.append((args.out / "steering.safetensors", winner))
     if args.only != "steering":
         found = find_audiosae(calibration)

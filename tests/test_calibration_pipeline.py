@@ -284,6 +284,14 @@ def test_strengths_are_halved_until_words_are_safe():
     assert kept is silent and heard.rise == 0.5
 
 
+def test_only_the_named_edits_take_part(calibration, latent_gate):
+    choice, logits = latent_gate
+    chosen = sweep.find_winner(calibration, choice, logits, edits=["silence_l0"], progress=False)
+    assert [entry["name"] for entry in chosen.record["screened"]] == ["silence_l0"]
+    with pytest.raises(UsageError, match="the fit has no edit 'loud': expected some of svector_l0"):
+        sweep.find_winner(calibration, choice, logits, edits=["loud"], progress=False)
+
+
 def test_every_kind_of_edit_gets_into_the_final():
     shift, silence = Shift(1, torch.ones(4), 1.0), MeanAblation(0, torch.zeros(1, 4))
 
