@@ -16,7 +16,7 @@ from calibration.shift_fit import fit_from_folder, fit_shift, least_squares_shif
 from whisper_steer.bake import constant_shifts
 from whisper_steer.errors import UsageError
 from whisper_steer.steering import Steering
-from whisper_steer.zoo import bundled_dir
+from whisper_steer.zoo import bundled_dir, load_steering
 
 
 def test_a_shift_is_its_own_best_shift() -> None:
@@ -71,11 +71,12 @@ def test_bundled_steering_on_the_demo(tmp_path: Path) -> None:
     assert (plain.multiple, plain.nonspeech.text_fpr.value, plain.speech.wer.value) == (0.0, 1.0, 0.0)
     assert (steered.multiple, steered.nonspeech.text_fpr.value, steered.speech.wer.value) == (None, 0.0, 0.0)
     assert [row.multiple for row in fit.rows[2:]] == [0.5, 1.0, 2.0]
-    assert fit.explained[3] > 0.9
+    edited = {edit.layer for edit in load_steering("default", "mini.en").edits}
+    assert set(fit.explained) == edited and all(share <= 1.0 for share in fit.explained.values())
     chosen = next(row for row in fit.rows if row.multiple == fit.chosen)
     assert chosen.speech.wer.value <= 0.01
     assert fit.steering.metadata["name"] == "default-shift"
-    assert constant_shifts(fit.steering, 1.0).keys() == {3}
+    assert constant_shifts(fit.steering, 1.0).keys() == edited
     assert json.loads(json.dumps(fit.record()))["chosen"] == fit.chosen
     lines = fit.lines()
     assert len(lines) == 7 and lines[2].startswith("plain") and sum("<- baked" in line for line in lines) == 1

@@ -146,9 +146,12 @@ class TestWithheld:
             return original(mel, options, **kwargs)
 
         model.decode = spy  # type: ignore[method-assign]
-        transcript = transcribe(audio, model, steering=steering, **WHOLE)
+        transcript = transcribe(audio, model, steering=steering, decode_withheld=True, **WHOLE)
         assert len(transcript.suppressed) == 1
         assert prompts == [[], []]
+        prompts.clear()
+        transcript = transcribe(audio, model, steering=steering, **WHOLE)
+        assert len(transcript.suppressed) == 1 and prompts == [[]]  # not decoded at all
 
     def test_with_word_timestamps(self, model: Whisper) -> None:
         audio = long_audio()[: 62 * 16_000]

@@ -360,7 +360,7 @@ def test_pipeline_short_clips(recogniser, clips):
 
 def test_pipeline_in_chunks_tells_where(recogniser, clips):
     """Two windows of 10 s that overlap by 1 s on each side: noise, then speech."""
-    sound = np.concatenate([np.resize(clips["noise"], 9 * 16000), clips["speech"]])
+    sound = np.concatenate([np.resize(clips["noise"], 10 * 16000), clips["speech"]])
     with steer(recogniser) as handle:
         result = recogniser(
             sound, chunk_length_s=10, stride_length_s=1, return_timestamps=True, generate_kwargs=QUICK
