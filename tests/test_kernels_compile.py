@@ -70,5 +70,6 @@ def test_edits_and_saes_compile_as_a_whole():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_it_too():
     x, rows, change = parts()
-    compiled = torch.compile(lambda x: kernels.edit(x, *rows, change, gate=gates()) + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(x), kernels.edit(x, *rows, change, gate=gates()) + 1)
+    gate = gates()
+    compiled = torch.compile(lambda x: kernels.edit(x, *rows, change, gate=gate) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), kernels.edit(x, *rows, change, gate=gate) + 1)
