@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.signal import butter, fftconvolve, sosfilt
+from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 
 RATE = 16_000
 
@@ -45,6 +45,20 @@ def limit_band(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A telephone or a cheap microphone: 80-400 Hz to 2.8-6 kHz."""
     sos = butter(3, [rng.uniform(80, 400), rng.uniform(2800, 6000)], "band", fs=RATE, output="sos")
     return np.asarray(sosfilt(sos, x), dtype=np.float32)
+
+
+def telephone(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """x (n,) over a telephone line: 200-400 Hz to 3.0-3.7 kHz, 8 kHz sampling, 8-bit mu-law (ITU-T G.711,
+    mu = 255) at full scale for its peak; same length and peak."""
+    top = float(np.abs(x).max(initial=0.0))
+    if top == 0:
+        return x
+    sos = butter(4, [rng.uniform(200, 400), rng.uniform(3000, 3700)], "band", fs=RATE // 2, output="sos")
+    narrow = sosfilt(sos, resample_poly(x.astype(np.float64), 1, 2))
+    narrow /= np.abs(narrow).max(initial=1e-9)
+    code = np.round(127 * np.sign(narrow) * np.log1p(255 * np.abs(narrow)) / np.log(256)) / 127
+    line = np.sign(code) * np.expm1(np.abs(code) * np.log(256)) / 255
+    return at_peak(resample_poly(line, 2, 1)[: len(x)].astype(np.float32), top)
 
 
 def at_peak(x: np.ndarray, peak: float) -> np.ndarray:

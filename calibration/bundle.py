@@ -115,7 +115,7 @@ def corpus_facts(corpus: Path) -> dict[str, object]:
 
 def measure(model_name: str, data_dir: Path | None, quick: bool = False) -> dict[str, dict[str, object]]:
     """set -> metrics of plain `whisper.transcribe` (default thresholds, greedy) on the test split."""
-    from calibration.corpus import SPEECH_SETS, describe, eval_sets
+    from calibration.corpus import describe, eval_sets
     from calibration.decoding import iterate_transcripts
     from calibration.evaluate import nonspeech_metrics, speech_metrics
     from whisper_steer.zoo import load_model
@@ -126,7 +126,7 @@ def measure(model_name: str, data_dir: Path | None, quick: bool = False) -> dict
     result: dict[str, dict[str, object]] = {}
     for name, clips in sets.items():
         transcripts = list(iterate_transcripts(model, (clip.load() for clip in clips)))
-        if name in SPEECH_SETS or name == "real_speech":
+        if clips[0].kind != "nonspeech":
             texts = [transcript.text for transcript in transcripts]
             row = speech_metrics([clip.text or "" for clip in clips], texts).row()
         else:

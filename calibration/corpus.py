@@ -16,8 +16,9 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,11 @@ _SIZES = {
     "music": (60, 25),
     "sounds": (80, 30),
     "human": (70, 30),
+    "speech_telephone": (64, 32),
 }
+# made by a process of their own, in the order they came to be: the sets before them stay as they are
+_LATER = ("speech_telephone",)
+REAL_TELEPHONE = "real_telephone"
 SPEECH_SETS = tuple(name for name in _SIZES if name.startswith("speech"))
 
 
@@ -201,6 +206,8 @@ def _speech_clip(name: str, index: int, split: str, rng: random.Random) -> tuple
         audio += (noise_rng.standard_normal(total) * np.abs(audio).max() * 10**-2.2).astype(np.float32)
     elif name == "speech_reverb":
         audio = augmentation.reverberate(audio, noise_rng, (0.4, 1.1))
+    elif name == "speech_telephone":
+        audio = augmentation.telephone(audio, noise_rng)
     elif sparse:
         audio += (noise_rng.standard_normal(total) * rng.choice((0, 1e-4, 1e-3))).astype(np.float32)
     interval = [round(first / RATE, 3), round((first + len(speech)) / RATE, 3)]
@@ -228,15 +235,36 @@ def _make_set(name: str, split: str, quick: bool) -> list[tuple[dict, np.ndarray
     return clips
 
 
-def _write_sets(folder: Path, split: str, quick: bool) -> None:
-    for name in _SIZES:
-        synthesis.write_shard(folder / f"{name}_000.jsonl", _make_set(name, split, quick))
-    (folder / "complete").write_text("1\n")
+def main_eval(folder: str, split: str, quick: str, marker: str, *names: str) -> None:
+    """Entry of the processes that `eval_sets` starts: writes the sets, then the marker."""
+    for name in names:
+        synthesis.write_shard(Path(folder) / f"{name}_000.jsonl", _make_set(name, split, quick == "1"))
+    (Path(folder) / marker).write_text("1\n")
 
 
-def main_eval(folder: str, split: str, quick: str) -> None:
-    """Entry of the process that `eval_sets` starts."""
-    _write_sets(Path(folder), split, quick == "1")
+def _make_missing(folder: Path, split: str, quick: bool) -> None:
+    # fresh processes, because espeak-ng keeps state from clip to clip
+    code = "import sys; from calibration.corpus import main_eval; main_eval(*sys.argv[1:])"
+    first = [name for name in _SIZES if name not in _LATER]
+    for marker, names in (("complete", first), *((f"complete-{name}", [name]) for name in _LATER)):
+        if not (folder / marker).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-c", code, str(folder), split, str(int(quick)), marker, *names]
+            subprocess.run(command, check=True)
+
+
+def _over_telephone(clip: Clip) -> Clip:
+    def load() -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(clip.id.encode()))
+        return augmentation.telephone(clip.load(), rng)
+
+    return replace(
+        clip,
+        id=f"{clip.id}#telephone",
+        category=REAL_TELEPHONE,
+        source=f"{clip.source} over a telephone",
+        audio=load,
+    )
 
 
 def cache_dir() -> Path:
@@ -268,18 +296,15 @@ def eval_sets(split: str, data_dir: Path | str | None = None, quick: bool = Fals
 
     Synthetic: speech (every training voice, unseen sentences), speech_new_voice (unseen timbres),
     speech_noisy (noise or music at 0-10 dB SNR), speech_quiet, speech_whispered, speech_reverb,
-    speech_sparse (two words in 30 s of silence), and the non-speech categories noise, tones, music, sounds,
-    human. With data_dir, real clips of the split join music, sounds and human, and real_speech appears.
+    speech_sparse (two words in 30 s of silence), speech_telephone, and the non-speech categories noise,
+    tones, music, sounds, human. With data_dir, real clips of the split join music, sounds and human, and
+    real_speech appears, every second clip of it once more as real_telephone.
     quick: about a third of the clips. Generated once, by a fresh process, and cached.
     """
     if split not in ("calibration", "test"):
         raise UsageError(f"split is {split!r}: expected 'calibration' or 'test'")
     folder = cache_dir() / f"eval-v{EVAL_VERSION}" / (split + ("-quick" if quick else ""))
-    if not (folder / "complete").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # a fresh process, because espeak-ng keeps state from clip to clip
-        code = "import sys; from calibration.corpus import main_eval; main_eval(*sys.argv[1:])"
-        subprocess.run([sys.executable, "-c", code, str(folder), split, str(int(quick))], check=True)
+    _make_missing(folder, split, quick)
     sets = {name: list(_synthetic_set(folder, name, split)) for name in _SIZES}
     real = real_clips(data_dir, split)
     if quick:
@@ -289,6 +314,8 @@ def eval_sets(split: str, data_dir: Path | str | None = None, quick: bool = Fals
         chosen = chosen[:40] if quick else chosen
         if chosen:
             sets[name] = sets.get(name, []) + chosen
+    if recorded := sets.get("real_speech"):
+        sets[REAL_TELEPHONE] = [_over_telephone(clip) for clip in recorded[::2]]
     return sets
 
 

@@ -280,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nonspeech=args.clips * 3 // 4,
         real=args.real,
         seed=args.seed + 1,
+        telephone=True,
     )
     saes = {sae.layer: sae for sae in loaded}
     fitted = fit_parts(model, saes, training, sets, labels, seed=args.seed, causal=args.causal)

@@ -3,13 +3,14 @@
 Speech comes from the synthetic corpus (`python -m calibration.synthesis`) and, where a data folder is
 given, from the real recordings of the training split. Every condition of the evaluation sets has its
 counterpart here: noise and music at 0-10 dB, quiet, whispered, reverberant, two words in 30 s of (near)
-silence. When somebody speaks is known: it is measured on the clean signal before anything is added
-(`active_intervals`).
+silence, and on request a telephone line. When somebody speaks is known: it is measured on the clean signal
+before anything is added (`active_intervals`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ SPEECH_DB = 35.0  # clean synthetic speech: frames down to this far below its lo
 REAL_SPEECH_DB = 25.0  # real recordings have a noise floor: only frames well above it are surely speech
 CONDITIONS = ("clean", "noisy", "quiet", "reverb", "sparse", "embedded", "clean", "noisy")  # in turn
 WHISPERED_SHARE = 0.12
+TELEPHONE = "telephone"
+_OVER_TELEPHONE = 4  # every fourth clip once more
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class TrainingClip:
 
     Attributes:
         kind: "speech" (synthetic), "real_speech" or "nonspeech".
-        condition: one of CONDITIONS, "whispered", or the category of a non-speech clip.
+        condition: one of CONDITIONS, "whispered", TELEPHONE, or the category of a non-speech clip.
         make: gives (audio float32 (n,) at 16 kHz, speech intervals in seconds); the same at every call.
     """
 
@@ -132,6 +135,7 @@ def training_clips(
     nonspeech: int = 400,
     real: int = 600,
     seed: int = 0,
+    telephone: bool = False,
 ) -> list[TrainingClip]:
     """Clips of the training split: at most `speech` and `nonspeech` synthetic ones, at most `real` real
     ones of each kind.
@@ -170,12 +174,29 @@ def training_clips(
                     backgrounds,
                 )
             )
+    if telephone:
+        clips += some_over_telephone(clips, seed)
     if not clips:
         raise UsageError(
             f"no training clips in corpus {corpus} or data {data_dir}: "
             "make a corpus with python -m calibration.synthesis --out out/corpus, or give --data"
         )
     return clips
+
+
+def some_over_telephone(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
+    """Every fourth of the clips as it is heard at the other end of a telephone line."""
+    return [_over_telephone(clip, seed) for clip in clips[::_OVER_TELEPHONE]]
+
+
+def _over_telephone(clip: TrainingClip, seed: int) -> TrainingClip:
+
+    def make() -> tuple[np.ndarray, Intervals]:
+        audio, intervals = clip.make()
+        rng = np.random.default_rng([seed, zlib.crc32(clip.id.encode())])
+        return augmentation.telephone(audio, rng), intervals
+
+    return TrainingClip(f"{clip.id}#{TELEPHONE}", clip.kind, TELEPHONE, make)
 
 
 def _some(items: list, count: int, rng: np.random.Generator) -> list:

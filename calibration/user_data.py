@@ -18,7 +18,13 @@ import numpy as np
 
 from calibration import augmentation
 from calibration.corpus import SPLITS, Clip
-from calibration.training_clips import REAL_SPEECH_DB, Intervals, TrainingClip, make_variant
+from calibration.training_clips import (
+    REAL_SPEECH_DB,
+    Intervals,
+    TrainingClip,
+    make_variant,
+    some_over_telephone,
+)
 from calibration.user_recordings import MIN_SECONDS, SPEECH, Reader, read_sounds, read_speech, speech_items
 from whisper_steer.audio import find_audio
 from whisper_steer.errors import UsageError
@@ -236,7 +242,8 @@ def _mixed(clip: Clip, noise: Clip) -> np.ndarray:
 
 
 def _training(speech: Sequence[Clip], sounds: Sequence[Clip], seed: int) -> list[TrainingClip]:
-    """Non-speech as it is; speech clean and in one of VARIANTS, with that non-speech as background."""
+    """Non-speech as it is; speech clean and in one of VARIANTS, with that non-speech as background; every
+    fourth of all these once more over a telephone."""
     clips = [TrainingClip(clip.id, "nonspeech", clip.category, partial(_silent, clip)) for clip in sounds]
     for number, clip in enumerate(speech):
         condition = VARIANTS[number % len(VARIANTS)]
@@ -245,7 +252,7 @@ def _training(speech: Sequence[Clip], sounds: Sequence[Clip], seed: int) -> list
         )
         make = partial(_variant, clip, condition, sounds, seed)
         clips.append(TrainingClip(f"{clip.id}#{condition}", clip.kind, condition, make))
-    return clips
+    return clips + some_over_telephone(clips, seed)
 
 
 def _silent(clip: Clip) -> tuple[np.ndarray, Intervals]:

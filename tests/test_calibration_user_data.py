@@ -165,7 +165,10 @@ def test_speech_is_known_to_be_where_it_is_loud(splits):
 
 
 def test_training_speech_comes_clean_and_in_a_condition(splits):
-    speech = [clip for clip in splits.training if clip.kind == "real_speech"]
+    every_fourth = [clip for clip in splits.training if clip.condition == "telephone"]
+    first = [clip for clip in splits.training if clip.condition != "telephone"]
+    assert [clip.id for clip in every_fourth] == [f"{clip.id}#telephone" for clip in first[::4]]
+    speech = [clip for clip in first if clip.kind == "real_speech"]
     clean = [clip for clip in speech if clip.condition == "clean"]
     others = [clip for clip in speech if clip.condition != "clean"]
     assert [clip.id for clip in others] == [
@@ -192,14 +195,14 @@ def test_backgrounds_of_training_clips_are_training_files(splits, monkeypatch):
     )
     for clip in splits.training:
         clip.load()
-    allowed = {clip.id for clip in splits.training}
+    allowed = {clip.id.removesuffix("#telephone") for clip in splits.training}
     assert set(opened) <= allowed and any(name.startswith(("fans/", "kettles/")) for name in opened)
 
 
 def test_nonspeech_training_clips_hold_no_speech(splits):
     rest = [clip for clip in splits.training if clip.kind == "nonspeech"]
     assert all(clip.make()[1] == () and clip.silence_is_certain for clip in rest)
-    assert {clip.condition for clip in rest} == {"fans", "kettles"}
+    assert {clip.condition for clip in rest} == {"fans", "kettles", "telephone"}
 
 
 def test_long_files_are_cut_and_stay_together(tmp_path):

@@ -119,6 +119,56 @@ def test_shards_are_written_once_and_read_back(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == bytes_before
 
 
+def test_a_telephone_passes_the_voice_band_only():
+    seconds = np.arange(16_000) / 16_000
+
+    def level(hz):  # dB that a tone of that frequency keeps beside one of 1 kHz
+        both = 0.2 * np.sin(2 * np.pi * 1000 * seconds) + 0.2 * np.sin(2 * np.pi * hz * seconds)
+        spectrum = np.abs(np.fft.rfft(augmentation.telephone(both, np.random.default_rng(0))))
+        return 20 * np.log10(spectrum[hz] / spectrum[1000])
+
+    assert level(700) == pytest.approx(0, abs=0.5) and level(2500) == pytest.approx(0, abs=1)
+    assert level(60) < -30 and level(5000) < -40 and level(7000) < -40
+    tone = (0.3 * np.sin(2 * np.pi * 1000 * seconds)).astype(np.float32)[:15_999]
+    heard = augmentation.telephone(tone, np.random.default_rng(1))
+    assert heard.dtype == np.float32 and heard.shape == tone.shape
+    assert np.abs(heard).max() == pytest.approx(0.3, rel=1e-5)
+    noise = heard[2000:-2000] - tone[2000:-2000] * (heard[2000:-2000] @ tone[2000:-2000]) / (
+        tone[2000:-2000] @ tone[2000:-2000]
+    )
+    assert np.std(noise) < 0.25  # phase apart, a tone stays that tone
+    assert not augmentation.telephone(np.zeros(80, np.float32), np.random.default_rng(0)).any()
+
+
+def test_every_second_real_clip_comes_over_a_telephone_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHISPER_STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpus, "_SIZES", {})
+    monkeypatch.setattr(corpus, "_make_missing", lambda *_: None)
+    rng = np.random.default_rng(0)
+    sounds = [rng.standard_normal(8000).astype(np.float32) for _ in range(3)]
+    clips = [
+        corpus.Clip(
+            f"speech/{i}",
+            "real_speech",
+            "real_speech",
+            "test",
+            "Hello.",
+            f"g{i}",
+            path="f",
+            audio=lambda i=i: sounds[i],
+        )
+        for i in range(3)
+    ]
+    monkeypatch.setattr(corpus, "real_clips", lambda data_dir, split: clips)
+    sets = corpus.eval_sets("test", tmp_path)
+    assert [clip.id for clip in sets["real_telephone"]] == ["speech/0#telephone", "speech/2#telephone"]
+    first, second = sets["real_telephone"]
+    assert first.text == "Hello." and first.group == "g0" and first.kind == "real_speech"
+    assert np.array_equal(first.load(), first.load()) and not np.allclose(first.load(), sounds[0], atol=0.1)
+    spectrum = np.abs(np.fft.rfft(second.load())) ** 2  # 0.5 s: bins of 2 Hz
+    assert spectrum[2100:].sum() < 1e-3 * spectrum[200:1400].sum()
+
+
 def test_evaluation_sets_are_cached_and_described(tmp_path, monkeypatch):
     monkeypatch.setenv("WHISPER_STEER_CACHE", str(tmp_path))
     monkeypatch.setattr(corpus, "_SIZES", {"speech": (4, 2), "speech_sparse": (2, 1), "tones": (3, 2)})
