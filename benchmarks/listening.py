@@ -122,12 +122,12 @@ def listen(
 
 def fits_hash(name: str, crc: int, data: Path | None, quick: bool, layers: int) -> str:
     """Of what methods are fitted on: the model's weights, its SAEs and the calibration clips."""
-    from calibration.corpus import EVAL_VERSION, real_clips
+    from calibration.corpus import EVAL_SETS, EVAL_VERSION, real_clips
     from whisper_steer.errors import WhisperSteerError
     from whisper_steer.zoo import load_sae
 
     ids = sorted(clip.id for clip in real_clips(data, "calibration"))
-    digest = hashlib.sha256(repr((crc, quick, EVAL_VERSION, ids)).encode())
+    digest = hashlib.sha256(repr((crc, quick, EVAL_VERSION, EVAL_SETS, ids)).encode())
     for layer in range(layers):
         try:
             sae = load_sae(name, layer)

@@ -337,12 +337,11 @@ def _draw(
     chosen = chosen_point(points)
     spot = (100 * chosen["wer_rise"], 100 * chosen["text_fpr"])
     axes.plot(*spot, "o", markersize=15, fillstyle="none", color=theme.accent, markeredgewidth=1.8, zorder=5)
-    names = {alpha: name for name, alpha in profiles.items()}
     labels = []
     for one, x, y in zip(points, across, up, strict=True):
-        name = next((name for alpha, name in names.items() if abs(alpha - one["alpha"]) < 1e-9), None)
-        words = f"α {one['alpha']:g}" + (f", {name}" if name else "")
-        labels.append(Label(words, x, y, theme.ink if name else theme.soft, name is not None))
+        names = [name for name, alpha in profiles.items() if abs(alpha - one["alpha"]) < 1e-9]
+        words = ", ".join([f"α {one['alpha']:g}", *names])
+        labels.append(Label(words, x, y, theme.ink if names else theme.soft, bool(names)))
     axes.set_xlabel("change of the word error rate, points (left is better)")
     axes.set_ylabel("non-speech clips with words, % (down is better)")
     axes.set_title(title)

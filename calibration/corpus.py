@@ -176,6 +176,7 @@ _SIZES = {
 # made by a process of their own, in the order they came to be: the sets before them stay as they are
 _LATER = ("speech_telephone",)
 REAL_TELEPHONE = "real_telephone"
+EVAL_SETS = (*_SIZES, "real_speech", REAL_TELEPHONE)  # all that there can be
 SPEECH_SETS = tuple(name for name in _SIZES if name.startswith("speech"))
 
 

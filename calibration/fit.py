@@ -160,7 +160,11 @@ def _causal_edits(
 ) -> dict[str, tuple[Edit, dict[str, Any]]]:
     """Edits on latents chosen by what ablating them does, and by that and the regression."""
     hallucinated = clips.latents[contrast.positive & contrast.used].mean(axis=0)
-    effects = effects_of(sae, candidates(regression.beta, hallucinated, _CAUSAL_LATENTS))
+    tried = candidates(regression.beta, hallucinated, _CAUSAL_LATENTS)
+    if not len(tried):
+        logger.warning("layer %d: no latent fires over non-speech, none can be chosen by effect", sae.layer)
+        return {}
+    effects = effects_of(sae, tried)
     edits: dict[str, tuple[Edit, dict[str, Any]]] = {}
     for k in CAUSAL_K:
         try:

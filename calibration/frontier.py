@@ -17,6 +17,7 @@ from whisper_steer.steering import Edit, MeanAblation
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 STRICT = 10.0  # the strict profile's budget, in units of the calibration's
+STRICT_EMPTY = 0.01  # share of speech clips that the strict profile may leave without a word
 PROFILES = ("gentle", "balanced", "strict")
 
 Point = dict[str, Any]
@@ -78,11 +79,16 @@ def measure_frontier(
 
 def profiles(points: Sequence[Mapping[str, Any]], budget: float) -> dict[str, float]:
     """Alphas of the named points: "balanced" is 1; "gentle" the largest below it that costs no word (else
-    the smallest); "strict" the largest above it whose WER stays within ten budgets by its interval.
+    the smallest); "strict" the largest above it whose WER stays within ten budgets by its interval and that
+    empties at most 1 % of speech clips.
     """
     below = sorted(p["alpha"] for p in points if p["alpha"] < 1 and p["wer_rise_hi"] <= 0)
     smallest = min(p["alpha"] for p in points)
-    above = [p["alpha"] for p in points if p["alpha"] > 1 and p["wer_rise_hi"] <= STRICT * budget]
+    above = [
+        p["alpha"]
+        for p in points
+        if p["alpha"] > 1 and p["wer_rise_hi"] <= STRICT * budget and p["empty_speech"] <= STRICT_EMPTY
+    ]
     return {
         "gentle": below[-1] if below else min(smallest, 1.0),
         "balanced": 1.0,
