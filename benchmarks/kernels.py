@@ -4,8 +4,9 @@
     python -m benchmarks.kernels --markdown docs/kernels.md     # every size, and the figures into the page
 
 Everything runs on the same made-up activations and weights, in one run: dense torch, the same through
-torch.compile, whisper_steer's kernels, and sparsify and SAELens in their own environments (make
-bench-env). Where there is a CUDA device it is measured, too, and each operation is set beside the
+torch.compile, whisper_steer's kernels, sparsify and SAELens in their own environments (make bench-env), and
+openai/sparse_autoencoder from a checkout beside them. Every CPU row is measured with one thread and with two.
+Where there is a CUDA device it is measured, too, and each operation is set beside the
 roofline of that GPU: its bytes at the copy bandwidth, its FLOP at the matrix rate, both measured in the
 same run. Otherwise `ratio_to_roofline` is null.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.kernels_contestants import DENSE, EDITED, OPERATIONS, OURS, check, works
+from benchmarks.kernels_page import BEGIN, COMMAND, END, page, replaced, table
 from benchmarks.kernels_roofline import Roofline
 from benchmarks.peers import environments
 from benchmarks.peers.kernels_worker import Request, answer
@@ -42,20 +45,21 @@ from benchmarks.scaling import load, machine
 from benchmarks.training import positive
 from whisper_steer.errors import UsageError
 
+__all__ = ["BEGIN", "END", "COLUMNS", "main", "measured", "replaced", "table"]
+
 COLUMNS = (
     "op", "impl", "device", "dtype", "d", "n", "k", "frames", "ns_per_frame", "ratio_to_dense",
     "ratio_to_roofline", "threads", "error",
 )  # fmt: skip
-PEERS = ("sparsify", "sae_lens")
+PEERS = ("sparsify", "sae_lens", "openai")
 # what this package's targets are about, and what a peer's path has
 PEER_OPERATIONS = ("encode-threshold", "encode-topk", "decode")
 OPENAI = "openai/sparse_autoencoder"
-OPENAI_PROBLEM = (
-    "its kernels are Triton for CUDA alone, and it is on no package index: "
-    "on a CPU its path is the dense product"
-)
+OPENAI_URL = f"https://github.com/{OPENAI}"
+NAMES = {"openai": OPENAI}
 TIMEOUT = 600.0
-BEGIN, END = "<!-- begin: benchmarks.kernels -->", "<!-- end: benchmarks.kernels -->"
+QUICK_SECONDS = 270.0
+LATE = "not reached within --limit"
 
 Row = dict[str, Any]
 
@@ -72,19 +76,22 @@ class Case:
     operations: tuple[str, ...] = OPERATIONS
     peers: bool = False
 
-    def request(self, device: str, options: argparse.Namespace) -> Request:
+    def request(self, device: str, options: argparse.Namespace, threads: int = 1) -> Request:
         return Request(
-            self.d, self.n, self.k, self.frames, self.dtype, device, options.threads,
+            self.d, self.n, self.k, self.frames, self.dtype, device, threads,
             repeats=3 if options.quick else 7, seconds=0.3 if options.quick else 1.0, clock=options.clock,
         )  # fmt: skip
 
 
 _INFERENCE = ("encode-threshold", "encode-topk", "decode", "edit")
 _BACK = ("decode", "edit")
+# training at 1x, 8x and 32x: 8x is among the others
+_TRAINING = tuple(Case(192, n, 25, 1500, operations=("train",)) for n in (192, 6144))
 CPU_QUICK = (
     Case(768, 6144, 50, 512, peers=True),
     Case(768, 6144, 50, 1, operations=_BACK),
     Case(192, 1536, 25, 1500, peers=True),
+    *_TRAINING,
 )
 CPU_FULL = (
     Case(768, 6144, 50, 1500, peers=True),
@@ -94,7 +101,7 @@ CPU_FULL = (
     *(Case(d, 8 * d, 50, 512, operations=_INFERENCE) for d in (384, 512, 1024, 1280)),
     *(Case(768, 6144, 50, 512, dtype, _INFERENCE) for dtype in ("bfloat16", "float16")),
     Case(768, 24_576, 50, 512, operations=_INFERENCE),
-    Case(192, 6144, 25, 1500, operations=("train",)),
+    *_TRAINING,
 )
 GPU = (
     *(Case(768, 6144, 50, 24_000, dtype, peers=True) for dtype in ("bfloat16", "float32")),
@@ -117,56 +124,72 @@ def cases(device: str, quick: bool) -> tuple[Case, ...]:
 def measured(
     case: Case, device: str, options: argparse.Namespace, roofline: Roofline | None
 ) -> Iterator[Row]:
-    """The rows of one case, dense torch's first for each operation."""
-    request = case.request(device, options)
-    torch.set_num_threads(options.threads)
-    check(request)
-    dense: dict[str, float] = {}
+    """The rows of one case, for each number of threads; dense torch's first for each operation.
+
+    After options.deadline (time.monotonic) rows say that they were not reached.
+    """
     operations = [operation for operation in case.operations if operation in options.ops]
-    for operation, contestant, work in works(request, operations, compiled=not options.alone):
-        found = work if isinstance(work, str) else answer(request, {"it": work})["it"]
-        row = row_of(operation, contestant, request, found, roofline)
-        if contestant == DENSE and row["ns_per_frame"] is not None:
-            dense[operation] = row["ns_per_frame"]
-        yield with_ratio(row, dense)
-    if case.peers and not options.alone:
-        for row in peer_rows(operations, request, options.peers, roofline):
+    for threads in options.threads if device == "cpu" else options.threads[-1:]:
+        request = case.request(device, options, threads)
+        torch.set_num_threads(threads)
+        check(request)
+        dense: dict[str, float] = {}
+        for operation, contestant, work in works(request, operations, compiled=not options.alone):
+            if time.monotonic() > options.deadline:
+                work = LATE
+            found = work if isinstance(work, str) else answer(request, {"it": work})["it"]
+            row = row_of(operation, contestant, request, found, roofline)
+            if contestant == DENSE and row["ns_per_frame"] is not None:
+                dense[operation] = row["ns_per_frame"]
             yield with_ratio(row, dense)
+        if case.peers and not options.alone:
+            for row in peer_rows(operations, request, options.peers, roofline, options.deadline):
+                yield with_ratio(row, dense)
 
 
 def peer_rows(
-    wanted: Sequence[str], request: Request, folder: Path, roofline: Roofline | None
-) -> Iterator[Row]:
+    wanted: Sequence[str], request: Request, folder: Path, roofline: Roofline | None,
+    deadline: float = math.inf,
+) -> Iterator[Row]:  # fmt: skip
     operations = [operation for operation in PEER_OPERATIONS if operation in wanted]
     for library in PEERS if operations else ():
-        found = ask(library, request, folder)
+        found = ask(library, request, folder, deadline - time.monotonic())
+        # a problem as a whole is told once per operation that the library has
         for operation in operations:
             if isinstance(found, str):
-                yield row_of(operation, library, request, found, roofline)
+                yield row_of(operation, NAMES.get(library, library), request, found, roofline)
             elif operation in found:
-                yield row_of(operation, library, request, found[operation], roofline)
-    if "decode" in operations:
-        yield row_of("decode", OPENAI, request, OPENAI_PROBLEM, roofline)
+                yield row_of(operation, NAMES.get(library, library), request, found[operation], roofline)
 
 
-def ask(library: str, request: Request, folder: Path) -> dict[str, float | str] | str:
+def ask(
+    library: str, request: Request, folder: Path, seconds: float = TIMEOUT
+) -> dict[str, float | str] | str:
     """The library's figures from its own environment and process, or why there are none."""
-    problem = environments.missing(folder, library)
-    if problem:
-        return problem
+    if seconds <= 0:
+        return LATE
+    environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads), "PYTHONPATH": ""}
+    if library == "openai":
+        # on no package index: a checkout, run with this environment's torch
+        if not (folder / library / "sparse_autoencoder").is_dir():
+            return f"no checkout: git clone {OPENAI_URL} {folder / library} (its kernels need CUDA)"
+        python, environment["PYTHONPATH"] = Path(sys.executable), str((folder / library).absolute())
+    else:
+        problem = environments.missing(folder, library)
+        if problem:
+            return problem
+        python = environments.interpreter(folder, library).absolute()
     script = Path(environments.__file__).with_name(f"kernels_{library}.py")
-    python = environments.interpreter(folder, library).absolute()
     with tempfile.TemporaryDirectory(prefix="whisper-steer-kernels-") as place:
         path = Path(place) / "request.json"
         path.write_text(json.dumps(asdict(request)))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads), "PYTHONPATH": ""}
         try:
             done = subprocess.run(
                 [str(python), str(script), str(path)], capture_output=True, text=True, env=environment,
-                timeout=TIMEOUT,
+                timeout=min(seconds, TIMEOUT),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return f"not done after {TIMEOUT:.0f} s"
+            return f"not done after {min(seconds, TIMEOUT):.0f} s"
         except OSError as error:
             return f"cannot run {python}: {error.strerror or error}"
     if done.returncode:
@@ -203,40 +226,13 @@ def with_ratio(row: Row, dense: dict[str, float]) -> Row:
     return row
 
 
-# -- output ---------------------------------------------------------------------------------------------
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: one table per device and size of SAE."""
-    lines: list[str] = []
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["device"], row["dtype"], row["d"], row["n"], row["frames"]), []).append(row)
-    for (device, dtype, d, n, frames), group in groups.items():
-        lines += [
-            "", f"### {device}, {dtype}: d {d}, {n:,} latents, {frames:,} frames", "",
-            "| operation | k | implementation | µs a frame | x dense | of the roofline |",
-            "|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        for row in group:
-            if row["error"]:
-                shown = [f"not run: {row['error']}", "", ""]
-            else:
-                ratio, limit = row["ratio_to_dense"], row["ratio_to_roofline"]
-                shown = [
-                    f"{row['ns_per_frame'] / 1000:.3g}",
-                    "" if ratio is None else f"{ratio:.2f}",
-                    "" if limit is None else f"{100 * limit:.0f} %",
-                ]
-            name = f"**{row['impl']}**" if row["impl"] == OURS else row["impl"]
-            lines.append(f"| {row['op']} | {row['k']} | {name} | {' | '.join(shown)} |")
-    return "\n".join(lines).strip()
+# -- the command --------------------------------------------------------------------------------------
 
 
 def headline(
     options: argparse.Namespace, devices: Sequence[str], before: float | None, seconds: float
 ) -> str:
-    places = "; ".join(machine(device, options.threads)["device"] for device in devices)
+    places = "; ".join(machine(device, options.threads[-1])["device"] for device in devices)
     timed = (
         "processor time of the process (other work ran on the machine)"
         if options.clock == "cpu"
@@ -245,9 +241,9 @@ def headline(
     flags = " --quick" if options.quick else ""
     flags += "" if len(options.ops) == len(OPERATIONS) else f" --ops {' '.join(options.ops)}"
     flags += " --alone" if options.alone else ""
-    flags += f" --threads {options.threads} --clock {options.clock}"
+    flags += f" --threads {' '.join(map(str, options.threads))} --clock {options.clock}"
     return (
-        f"`python -m benchmarks.kernels{flags}` on {places}; torch {torch.__version__}; "
+        f"{COMMAND}{flags}` on {places}; torch {torch.__version__}; "
         f"{seconds / 60:.1f} min; {timed}, the shortest of several runs; load {before} before, "
         f"{load()} after."
         + ("" if torch.cuda.is_available() else " No GPU was at hand: nothing below was measured on one.")
@@ -256,47 +252,39 @@ def headline(
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit code: 1 where one of our own operations failed. Raises UsageError: a wrong page."""
-    if options.clock == "cpu" and options.threads > 1:
-        raise UsageError(f"--clock cpu with --threads {options.threads}: processor time needs --threads 1")
-    page = _page(options.markdown) if options.markdown else None
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    if options.clock == "cpu":
-        devices = ["cpu"]
+    most = max(options.threads)
+    if options.clock == "cpu" and most > 1:
+        raise UsageError(f"--clock cpu with --threads {most}: processor time needs --threads 1")
+    text = page(options.markdown) if options.markdown else None
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() and options.clock != "cpu" else [])
     before, started = load(), time.monotonic()
+    options.deadline = started + options.limit
     rows: list[Row] = []
-    for device in devices:
-        rooflines: dict[str, Roofline] = {}
-        with tqdm(cases(device, options.quick), unit="size", file=sys.stderr) as bar:
-            for case in bar:
-                bar.set_description(f"{device}, d {case.d}, n {case.n}, k {case.k}, {case.dtype}")
-                if device != "cpu" and case.dtype not in rooflines:
-                    rooflines[case.dtype] = Roofline.measured(case.request(device, options))
-                rows += measured(case, device, options, rooflines.get(case.dtype))
+    todo = [(device, case) for device in devices for case in cases(device, options.quick)]
+    rooflines: dict[str, Roofline] = {}
+    # a bar on a terminal alone: elsewhere, in a log for instance, each row is a line
+    with tqdm(todo, unit="size", file=sys.stderr, disable=None) as bar:
+        for device, case in bar:
+            if device != "cpu" and case.dtype not in rooflines:
+                rooflines[case.dtype] = Roofline.measured(case.request(device, options))
+            for row in measured(case, device, options, rooflines.get(case.dtype)):
+                rows.append(row)
+                bar.set_description(done := progress(row))
+                if bar.disable:
+                    print(f"{time.monotonic() - started:5.0f} s  {done}", file=sys.stderr, flush=True)
+            if options.json is not None:
+                write_whole(options.json, json.dumps(rows, indent=1))
     block = f"{headline(options, devices, before, time.monotonic() - started)}\n\n{table(rows)}"
     print(block)
-    if options.json is not None:
-        write_whole(options.json, json.dumps(rows, indent=1))
-    if page is not None:
-        write_whole(options.markdown, replaced(page, block))
+    if text is not None:
+        write_whole(options.markdown, replaced(text, block))
     return int(any(row["error"] and row["impl"] == OURS for row in rows))
 
 
-def replaced(text: str, block: str) -> str:
-    """`text` with what stands between BEGIN and END replaced. Raises ValueError: not one such pair."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} and one {END} behind it")
-    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:before]}\n{block.strip()}\n{text[after:]}"
-
-
-def _page(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-        replaced(text, "")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--markdown {path}: {reason}; give a page with the mark {BEGIN}") from error
-    return text
+def progress(row: Row) -> str:
+    taken = "not run" if row["error"] else f"{row['ns_per_frame'] / 1000:.3g} µs a frame"
+    size = f"{row['device']} {row['dtype']}, d {row['d']}, n {row['n']}, {row['threads']} threads"
+    return f"{size}: {row['op']}, {row['impl']}: {taken}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -305,8 +293,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="three sizes, few repeats")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--quick", action="store_true", help="few sizes, few repeats, --limit 270")
+    parser.add_argument(
+        "--threads", type=positive, nargs="+", help="of the CPU, one table row each (default: 1 2)"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time, for a machine that does other work (default: wall)",
@@ -316,9 +306,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=Path, default=environments.default_folder(), help="environments of other libraries"
     )
+    parser.add_argument(
+        "--limit", type=positive, metavar="SECONDS", help="begin no further measurement after that long"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a page whose marked block is replaced")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.threads = options.threads or ([1] if options.clock == "cpu" or os.cpu_count() == 1 else [1, 2])
+    options.limit = options.limit or (QUICK_SECONDS if options.quick else math.inf)
+    options.deadline = math.inf
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,6 +57,9 @@ def edit_once(
 def dense(request: Request, compiled: bool = False) -> dict[str, Work]:
     """By operation; with `compiled` through torch.compile."""
     size = made(request)
+    if compiled:
+        # another size or number of threads is another program; too many of one function are an error
+        torch.compiler.reset()
     codes = Codes(size.values, size.indices.int(), request.n, (request.frames,)).dense()
     factor = torch.ones(request.n, dtype=size.x.dtype, device=size.x.device)
     factor[:EDITED] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_the_choice_can_be_overruled(monkeypatch):
 def test_dense_codes_are_decoded_densely():
     case = random_case()
     codes = kernels.encode(case.x, case.W_enc, case.b_enc, k=60)
-    assert codes.density > choice.BREAK_EVEN["cpu", torch.float32]
+    assert codes.density > choice.BREAK_EVEN["decode", "cpu", torch.float32]
     expected = codes.dense() @ case.W_dec
     torch.testing.assert_close(kernels.decode(codes, case.W_dec), expected)
     g = torch.ones(18, 48)
@@ -254,10 +255,30 @@ def test_dense_codes_are_decoded_densely():
     torch.testing.assert_close(found, (g @ case.W_dec.T).gather(1, codes.indices.long()))
 
 
-def test_break_even_is_measured(monkeypatch):
+@pytest.mark.parametrize("operation", choice.BY_DENSITY)
+def test_break_even_is_measured(monkeypatch, operation):
     monkeypatch.setattr(choice, "BREAK_EVEN", dict(choice.BREAK_EVEN))
-    found = choice.measure_break_even(d_model=32, n_latents=64, frames=8)
-    assert found in (0, 8 / 64, 16 / 64, 32 / 64)
-    assert choice.BREAK_EVEN["cpu", torch.float32] == found
-    assert choose("decode", CPU, torch.float32, density=0.9).implementation == "dense"
+    monkeypatch.setattr(choice, "SHARES", (1 / 8, 1 / 4, 1 / 2))
+    # sparse takes e times as long when the share doubles, dense always 1: as fast at 3/8
+    seconds = iter([math.exp(-1.0), 1.0, math.exp(-0.5), 1.0, math.exp(0.5), 1.0])
+    ran = []
+    monkeypatch.setattr(choice, "_seconds", lambda run, *_: ran.append(run()) or next(seconds))
+    found = choice.measure_break_even(operation=operation, d_model=32, n_latents=64, frames=8)
+    assert found == pytest.approx(3 / 8)
+    for sparse, dense in zip(ran[::2], ran[1::2], strict=True):  # what is timed is the same product
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+    assert choice.BREAK_EVEN[operation, "cpu", torch.float32] == found
+    assert choose(operation, CPU, torch.float32, density=0.4).implementation == "dense"
+    assert choose(operation, CPU, torch.float32, density=0.3).implementation == "cpu"
+    choice._choose.cache_clear()
+
+
+def test_break_even_at_the_ends(monkeypatch):
+    monkeypatch.setattr(choice, "BREAK_EVEN", dict(choice.BREAK_EVEN))
+    for times, expected in (([2.0, 1.0], 0.0), ([1.0, 2.0] * len(choice.SHARES), 0.5)):
+        seconds = iter(times)
+        monkeypatch.setattr(choice, "_seconds", lambda *_, left=seconds: next(left))
+        assert choice.measure_break_even(d_model=8, n_latents=1000, frames=2) == expected
+    with pytest.raises(UsageError, match="operation is 'edit': expected one of decode, products"):
+        choice.measure_break_even(operation="edit")
     choice._choose.cache_clear()

@@ -2,8 +2,8 @@
 
 By device first: Triton on CUDA, the fast CPU kernels on a CPU, plain torch anywhere else. Then by
 density: a sparse product over k of n latents beats the dense one only below some k / n, which differs
-with device and dtype. BREAK_EVEN holds what benchmarks.kernels measured; `measure_break_even` replaces an
-entry by this machine's own figure.
+with operation, device and dtype. BREAK_EVEN holds what was measured; `measure_break_even` replaces an entry
+by this machine's own figure.
 
 WHISPER_STEER_KERNELS=reference, cpu or triton (or `impl=` in a call) overrules the choice; each choice
 and its reason are logged once, at level INFO, by the logger "whisper_steer.kernels".
@@ -12,6 +12,7 @@ and its reason are logged once, at level INFO, by the logger "whisper_steer.kern
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -29,18 +30,27 @@ logger = logging.getLogger("whisper_steer.kernels")
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 VARIABLE = "WHISPER_STEER_KERNELS"
 
-# k / n up to which the sparse decode is chosen. CPU: measured (docs/kernels.md). CUDA: derived from
-# traffic at d = 768 (equal near k = 52 of 6144), not measured.
-BREAK_EVEN: dict[tuple[str, torch.dtype], float] = {
-    ("cpu", torch.float32): 0.2,
-    ("cpu", torch.float16): 0.2,
-    ("cpu", torch.bfloat16): 0.2,
-    ("cpu", torch.float64): 0.2,
-    ("cuda", torch.float32): 0.05,
-    ("cuda", torch.float16): 0.0085,
-    ("cuda", torch.bfloat16): 0.0085,
-    ("cuda", torch.float64): 0.0,
+# Operations that have a dense form, and k / n up to which the sparse one is chosen. CPU: measured with
+# `python -m benchmarks.kernels_break_even` (docs/kernels.md), rounded down. CUDA: derived from traffic at
+# d = 768 (equal near k = 52 of 6144), not measured.
+BY_DENSITY = ("decode", "products", "weight_gradient")
+_LIMITS = {
+    ("cpu", torch.float32): (0.2, 0.2, 0.2),
+    ("cpu", torch.float16): (0.2, 0.2, 0.2),
+    ("cpu", torch.bfloat16): (0.2, 0.2, 0.2),
+    ("cpu", torch.float64): (0.2, 0.2, 0.2),
+    ("cuda", torch.float32): (0.05, 0.05, 0.05),
+    ("cuda", torch.float16): (0.0085, 0.0085, 0.0085),
+    ("cuda", torch.bfloat16): (0.0085, 0.0085, 0.0085),
+    ("cuda", torch.float64): (0.0, 0.0, 0.0),
 }
+BREAK_EVEN: dict[tuple[str, str, torch.dtype], float] = {
+    (operation, device, dtype): limit
+    for (device, dtype), limits in _LIMITS.items()
+    for operation, limit in zip(BY_DENSITY, limits, strict=True)
+}
+# shares of codes that `measure_break_even` tries
+SHARES = (0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,7 +74,7 @@ def choose(
     forced = impl or os.environ.get(VARIABLE) or None
     # few steps, so that a choice is logged once and not for every batch
     step = 0.0 if density == 0 else float(f"{density:.1g}")
-    over = density > BREAK_EVEN.get((device.type, dtype), 1.0)
+    over = density > BREAK_EVEN.get((operation, device.type, dtype), 1.0)
     return _choose(operation, device.type, dtype, step, over, forced, "impl" if impl else VARIABLE)
 
 
@@ -80,8 +90,8 @@ def _choose(
 ) -> Choice:
     if forced is not None:
         choice = _forced(operation, device, dtype, forced, source)
-    elif over and operation in ("decode", "weight_gradient", "products"):
-        limit = BREAK_EVEN[(device, dtype)]
+    elif over:
+        limit = BREAK_EVEN[operation, device, dtype]
         choice = Choice(
             "dense",
             f"about {100 * density:g} % of the latents are codes, sparse wins up to {100 * limit:g} %",
@@ -126,36 +136,62 @@ def measure_break_even(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    operation: str = "decode",
     d_model: int = 768,
     n_latents: int = 6144,
     frames: int = 512,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Time sparse against dense decoding for growing k and take the largest k / n at which sparse still
-    wins; from then on `choose` uses it in this process. Takes seconds; on CUDA it waits for the
-    device."""
+    """Time the sparse form of `operation` (one of BY_DENSITY) against its dense one for a growing share
+    k / n of codes, and return the share up to which sparse wins: 0 if never, the largest that was tried if
+    always, else between two that were tried, where both would take the same time.
+
+    From then on `choose` uses it in this process. Takes seconds; on CUDA it waits for the device. clock:
+    seconds, time.process_time on a machine that does other work.
+
+    Raises UsageError: an operation without a dense form to compare with.
+    """
+    if operation not in BY_DENSITY:
+        raise UsageError(f"operation is {operation!r}: expected one of {', '.join(BY_DENSITY)}")
     device = torch.device(device)
-    choice = _by_device(device.type, dtype)
-    sparse = {"cpu": cpu.decode, "triton": triton_launch.decode, "reference": reference.decode}[
-        choice.implementation
+    module = {"cpu": cpu, "triton": triton_launch, "reference": reference}[
+        _by_device(device.type, dtype).implementation
     ]
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(n_latents, d_model, generator=generator).to(device, dtype)
-    found, k = 0.0, 8
-    while k <= n_latents // 2:
+    weights, g = (
+        torch.randn(size, d_model, generator=generator).to(device, dtype) for size in (n_latents, frames)
+    )
+    sparse, dense = {
+        "decode": (partial(module.decode, W_dec=weights), partial(reference.dense_rows, weights=weights)),
+        "products": (
+            partial(module.products, left=g, right=weights),
+            partial(reference.dense_products, left=g, right=weights),
+        ),
+        "weight_gradient": (partial(module.weight_gradient, g=g), partial(reference.weight_gradient, g=g)),
+    }[operation]
+    found, before = 0.0, 0.0
+    for share in SHARES:
+        k = max(1, round(share * n_latents))
+        share = k / n_latents
         indices = torch.rand(frames, n_latents, generator=generator).topk(k, dim=1).indices.int()
         values = torch.rand(frames, k, generator=generator)
         codes = Codes(values.to(device), indices.to(device), n_latents, (frames,))
-        dense = codes.dense().to(dtype)
-        sparse_s = _seconds(partial(sparse, codes, weights), device)
-        if sparse_s > _seconds(partial(torch.matmul, dense, weights), device):
+        sparse_s = _seconds(partial(sparse, codes), device, clock)
+        slower = math.log(sparse_s / _seconds(partial(dense, codes), device, clock))
+        if slower > 0:
+            # log(sparse / dense) is about straight in the share
+            if found:
+                found += (share - found) * before / (before - slower)
             break
-        found, k = k / n_latents, k * 2
-    BREAK_EVEN[(device.type, dtype)] = found
+        found, before = share, slower
+    BREAK_EVEN[(operation, device.type, dtype)] = found
     _choose.cache_clear()
     return found
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+def _seconds(
+    run: Callable[[], object], device: torch.device, clock: Callable[[], float], repeats: int = 5
+) -> float:
     """The shortest of several runs, after one untimed."""
 
     def wait() -> None:
@@ -165,9 +201,9 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) 
     best = float("inf")
     for repeat in range(repeats + 1):
         wait()
-        start = time.perf_counter()
+        start = clock()
         run()
         wait()
         if repeat:
-            best = min(best, time.perf_counter() - start)
-    return best
+            best = min(best, clock() - start)
+    return max(best, 1e-9)

@@ -43,9 +43,7 @@ def weighted_rows(codes: Codes, weights: Tensor, impl: str | None) -> Tensor:
     if chosen == "cpu":
         return cpu.weighted_rows(codes, weights)
     if chosen == "dense":
-        return (
-            codes.with_values(codes.values.to(weights.dtype)).dense().reshape(-1, codes.n_latents) @ weights
-        )
+        return reference.dense_rows(codes, weights)
     return reference.decode(codes, weights).to(weights.dtype)
 
 
@@ -67,9 +65,7 @@ def edit(
 def products(codes: Codes, left: Tensor, right: Tensor, impl: str | None) -> Tensor:
     chosen = choose("products", right.device, right.dtype, density=codes.density, impl=impl).implementation
     if chosen == "dense":
-        full = codes.with_values(torch.ones_like(codes.values))
-        everything = left.to(right.dtype) @ right.T
-        return everything[full.rows(), full.indices.long()]
+        return reference.dense_products(codes, left, right)
     run = {"triton": triton_launch.products, "cpu": cpu.products}.get(chosen, reference.products)
     return run(codes, left, right)
 

@@ -42,6 +42,17 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     return codes.with_values(codes.values.to(dtype)).dense().reshape(-1, codes.n_latents) @ W_dec.to(dtype)
 
 
+def dense_rows(codes: Codes, weights: Tensor) -> Tensor:
+    """As `decode`, multiplied in the weights' own dtype: what is faster where many latents are codes."""
+    return codes.with_values(codes.values.to(weights.dtype)).dense().reshape(-1, codes.n_latents) @ weights
+
+
+def dense_products(codes: Codes, left: Tensor, right: Tensor) -> Tensor:
+    """As `products`: every product, of which those at the codes' places are kept."""
+    everything = left.to(right.dtype) @ right.T
+    return everything[codes.rows(), codes.indices.long()]
+
+
 def difference(f: Tensor, change: Change) -> Tensor:
     """f' - f, (..., m). Written so that nothing cancels: relu(f + a v) - f is max(a v, -f)."""
     values = change.values.to(f)

@@ -1,9 +1,11 @@
 """The Triton kernels. Imported by triton_launch alone, where Triton is there; d need not be a power of
 two, rows are contiguous, products accumulate in float32.
 
-PRECISION is tl.dot's for float32 inputs: "ieee" where whole pre-activations are at stake, "tf32x3" (three
-tensor-core products, about float32's precision) in the edit. UPCAST: multiply in float32 (the interpreter
-has no bfloat16).
+PRECISION is tl.dot's for float32 inputs. It is "ieee" everywhere: tensor cores would take 11 bits of a
+float32 number (tf32), and three such products (tf32x3) still add up by truncation, which costs more than
+1e-6 at these widths. UPCAST: multiply in float32 (mixed dtypes; the interpreter has no bfloat16).
+
+Offsets of rows are int64: 24,000 frames times 24,576 latents or 4 segments of places exceed int32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -188,11 +190,12 @@ def edit(
     x, w_enc, b_enc, theta, w_dec, values, gate, out, frames, m, d, amount,
     MODE: tl.constexpr, FLOOR: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """x + g sum_j (f'_j - f_j) W_dec[j] of BLOCK_F frames, m <= M latents.
 
     x is read twice, but by the same program at once: the second time it comes from the cache. MODE: 0 add, 1
-    scale, 2 clamp, as in arguments.Change.
+    scale, 2 clamp, as in arguments.Change. SCALED: differences are rounded to float16 for the second product.
     """
     rows = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     latents = tl.arange(0, M)
@@ -213,6 +216,11 @@ def edit(
     if GATED:
         g = tl.load(gate + rows, mask=inside, other=0.0).to(tl.float32)
         difference = difference * g[:, None]
+    if SCALED:
+        # float16 ends at 65,504: each frame's differences are divided by the largest
+        largest = tl.maximum(tl.max(tl.abs(difference), 1), 1e-30)
+        difference = difference / largest[:, None]
+    narrow = difference if UPCAST else difference.to(w_dec.dtype.element_ty)
     for begin in range(0, d, BLOCK_D):
         columns = begin + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (columns < d)[None, :]
@@ -222,7 +230,9 @@ def edit(
         w_tile = tl.load(w_dec + latents[:, None] * d + columns[None, :], mask=w_there, other=0.0)
         if UPCAST:
             w_tile = w_tile.to(tl.float32)
-        added = tl.dot(difference.to(w_tile.dtype), w_tile, input_precision=PRECISION)
+        added = tl.dot(narrow, w_tile, input_precision=PRECISION)
+        if SCALED:
+            added *= largest[:, None]
         changed = (tile.to(tl.float32) + added).to(out.dtype.element_ty)
         if GATED:
             changed = tl.where((g > 0)[:, None], changed, tile)

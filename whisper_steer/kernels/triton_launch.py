@@ -106,7 +106,7 @@ def _encode_threshold(
             _kernels().encode_threshold, (-(-frames // blocks["BLOCK_F"]), parts),
             x, W_enc, b_enc.contiguous(), theta.contiguous(), part_values, part_indices, part_counts,
             frames, n, d, segment, places, **blocks,
-            PRECISION="ieee", UPCAST=interpreted(), num_warps=4 if x.dtype == torch.float32 else 8,
+            PRECISION="ieee", UPCAST=_upcast(x.dtype), num_warps=4 if x.dtype == torch.float32 else 8,
         )  # fmt: skip
         _run(
             _kernels().gather_segments, (frames,),
@@ -128,11 +128,13 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Codes:
     values = torch.empty(frames, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(frames, k, dtype=torch.int32, device=x.device)
     if frames:
-        blocks = {"BLOCK_F": 16 if interpreted() else 64, "BLOCK_N": max(64, _power(k)), "BLOCK_D": 32}
+        # the sort's keys are 64 bits each: fewer frames at a time where it is wider, or registers run out
+        few = max(16, min(64, 2048 // _power(k)))
+        blocks = {"BLOCK_F": 16 if interpreted() else few, "BLOCK_N": max(64, _power(k)), "BLOCK_D": 32}
         _run(
             _kernels().encode_topk, (-(-frames // blocks["BLOCK_F"]),),
             flat, _fitting(W_enc, flat), b_enc.contiguous(), values, indices, frames, n, d, k,
-            K=_power(k), **blocks, PRECISION="ieee", UPCAST=interpreted(), num_warps=4,
+            K=_power(k), **blocks, PRECISION="ieee", UPCAST=_upcast(flat.dtype), num_warps=4,
         )  # fmt: skip
     return Codes(values, indices, n, tuple(x.shape[:-1]))
 
@@ -224,8 +226,8 @@ def edit(
             change.values.contiguous(), dummy if gate is None else gate.reshape(-1).contiguous(), out,
             frames, m, d, float(change.amount), MODE=MODES.index(change.mode), FLOOR=change.floor,
             GATED=gate is not None, M=max(16, _power(m)), BLOCK_F=rows,
-            BLOCK_D=64 if work != torch.float32 else 32, PRECISION="tf32x3",
-            UPCAST=interpreted() or work != x.dtype, num_warps=4,
+            BLOCK_D=64 if work != torch.float32 else 32, PRECISION="ieee",
+            UPCAST=_upcast(work) or work != x.dtype, SCALED=work == torch.float16, num_warps=4,
         )  # fmt: skip
     return out.reshape(x.shape)
 
@@ -240,6 +242,11 @@ def _rows(x: Tensor) -> Tensor:
 def _fitting(W: Tensor, x: Tensor) -> Tensor:
     """Weights in the activations' dtype: tl.dot takes one for both."""
     return W.to(x.dtype).contiguous()
+
+
+def _upcast(dtype: torch.dtype) -> bool:
+    """numpy, in which the interpreter computes, has no bfloat16."""
+    return interpreted() and dtype == torch.bfloat16
 
 
 def _encode_blocks(dtype: torch.dtype) -> dict[str, int]:
