@@ -17,6 +17,7 @@ from whisper_steer.ct2_file import (
     read_layout,
     read_variables,
 )
+from whisper_steer.ct2_stub import encoder_bytes
 from whisper_steer.errors import FormatError, UsageError
 from whisper_steer.floats import from_bytes, to_bytes
 from whisper_steer.splices import Splice, inverse, patch_file, patched_bytes
@@ -137,6 +138,40 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_layout(tmp_path)
     (tmp_path / "model.bin").write_bytes(data)
     assert read_layout(tmp_path) == read_layout(tmp_path / "model.bin") == read_layout(data)
+
+
+def test_the_stub_of_a_decoder() -> None:
+    """All of the encoder, one block and sixteen words of the decoder; what shared data still has its own."""
+    rows, bias = np.arange(40, dtype="f4").reshape(20, 2), f32(BIAS)
+    data = model_bin(
+        f32("decoder/embeddings/weight", rows),
+        f32("decoder/embeddings/weight_scale", rows[:, 0]),
+        f32("decoder/layer_0/w", rows),
+        f32("decoder/layer_1/w", -VALUES),
+        bias,
+        f32("encoder/w", rows[:, 1]),
+        aliases={
+            "decoder/projection/weight": "decoder/embeddings/weight",
+            "encoder/layer_1/ffn/linear_1/bias": BIAS,
+            "encoder/layer_2/ffn/linear_1/bias": "decoder/layer_1/w",
+            "decoder/layer_1/v": BIAS,
+            "decoder/layer_11/v": BIAS,
+        },
+    )
+    whole, stub = read_variables(data), encoder_bytes(data, {BIAS: np.array([1, 1, 0.25])})
+    found = read_variables(stub)
+    words = {"decoder/embeddings/weight", "decoder/projection/weight"}
+    gone = {"decoder/layer_1/w", "decoder/layer_1/v", "decoder/layer_11/v"}
+    assert set(found) == set(whole) - gone
+    assert all(np.array_equal(found[name], whole[name][:16]) for name in words)
+    assert read_layout(stub).variable("decoder/embeddings/weight_scale").shape == (16,)
+    assert found[BIAS].tolist() == [2.0, -1.0, 0.75]
+    assert all(np.array_equal(found[name], whole[name]) for name in set(found) - words - {BIAS})
+    assert encoder_bytes(stub, {}) == encoder_bytes(encoder_bytes(data, {BIAS: np.array([1, 1, 0.25])}), {})
+    with pytest.raises(FormatError, match="no variable decoder/layer_1/w to add to"):
+        encoder_bytes(data, {"decoder/layer_1/w": VALUES})
+    with pytest.raises(UsageError, match="shape"):
+        encoder_bytes(data, {BIAS: VALUES[:2]})
 
 
 def test_bfloat16_rounds_to_even() -> None:

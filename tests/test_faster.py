@@ -16,7 +16,8 @@ from faster_models import CPU, clip, mini_ct2
 from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 import whisper_steer
-from whisper_steer.ct2_file import added_bytes
+from whisper_steer.bake import constant_shifts
+from whisper_steer.ct2_file import added_bytes, ffn_bias_name
 from whisper_steer.ct2_steering import SteeredWhisper
 from whisper_steer.errors import MismatchError, ModelError, UsageError
 from whisper_steer.faster import BatchedInferencePipeline, WhisperModel
@@ -187,12 +188,41 @@ def test_encoder_output_is_that_of_the_hook(kind: str) -> None:
 
 def test_shifts_need_no_pytorch_encoder() -> None:
     model = WhisperModel(str(mini_ct2("int8")), steering=direction(), **CPU)
-    first = model.model._active[1]
+    assert model.model._shifted is None  # nothing is loaded before it is needed
     model.encode(mel("speech"))
-    assert model.model._encoder is None and model.model._active[1] is not first
-    patched = model.model._active[1]
+    patched = model.model._shifted[1]
+    assert model.model._encoder is None and patched is not model.model.plain
     model.encode(mel("speech"))
-    assert model.model._active[1] is patched  # the same alpha: nothing is loaded again
+    assert model.model._shifted[1] is patched  # the same alpha: nothing is loaded again
+    model.alpha = 0
+    model.encode(mel("speech"))
+    model.alpha = 1.0
+    model.encode(mel("speech"))
+    assert model.model._shifted[1] is patched
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16", "int8"])
+def test_a_change_of_alpha_is_the_whole_file_patched(dtype: str) -> None:
+    """Encoder output and words, bit for bit, of a model of which all is loaded again."""
+    files = {path.name: path.read_bytes() for path in mini_ct2(dtype).iterdir()}
+    ours = WhisperModel("mini.en", files=dict(files), steering=direction(), alpha=0.2, **CPU)
+    for alpha in (1.0, 0.5):
+        ours.alpha = alpha
+        bias = {ffn_bias_name(at): vector for at, vector in constant_shifts(direction(), alpha).items()}
+        whole = {**files, "model.bin": added_bytes(files["model.bin"], bias)}
+        reference = faster_whisper.WhisperModel("mini.en", files=whole, **CPU)
+        assert np.array_equal(np.array(ours.encode(mel("speech"))), np.array(reference.encode(mel("speech"))))
+    found, expected = (list(m.transcribe(clip("speech"), beam_size=1)[0]) for m in (ours, reference))
+    assert [asdict(segment) for segment in found] == [asdict(segment) for segment in expected] != []
+
+
+def test_unloading_and_loading_again() -> None:
+    model = WhisperModel(str(mini_ct2("int8")), steering=direction(), **CPU)
+    before = np.array(model.encode(mel("speech")))
+    model.model.unload_model()
+    assert not model.model.model_is_loaded and model.model._shifted is None
+    model.model.load_model()
+    assert model.model.model_is_loaded and np.array_equal(np.array(model.encode(mel("speech"))), before)
 
 
 # ---------- construction

@@ -16,7 +16,7 @@ import io
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,8 +85,8 @@ def read_layout(source: str | Path | bytes) -> Ct2Layout:
 
     Raises FormatError: missing, truncated, of an unknown version, or not a Whisper.
     """
-    with _opened(source) as (file, name):
-        return _parse(file, name)
+    with opened(source) as (file, name):
+        return layout_of(file, name)
 
 
 def read_variables(source: str | Path | bytes, prefix: str = "") -> dict[str, np.ndarray]:
@@ -95,8 +95,8 @@ def read_variables(source: str | Path | bytes, prefix: str = "") -> dict[str, np
     Floating-point and quantised ones as float32 (integers divided by their scales; the scales themselves are
     left out), other integers as they are. Raises FormatError like `read_layout`.
     """
-    with _opened(source) as (file, name):
-        layout = _parse(file, name)
+    with opened(source) as (file, name):
+        layout = layout_of(file, name)
         found: dict[str, np.ndarray] = {}
         for key in layout.names:
             is_scale = key.endswith(_SCALE) and key.removesuffix(_SCALE) in layout.names
@@ -114,13 +114,13 @@ def addition_splices(source: BinaryIO, additions: Mapping[str, np.ndarray], name
     Raises FormatError (unreadable, no such variable), UsageError (wrong shape, quantised variable, or a sum
     outside of the range of the variable's type).
     """
-    layout = _parse(source, name)
+    layout = layout_of(source, name)
     splices: list[Splice] = []
     aliases = dict(layout.aliases)
     new_records: list[bytes] = []
     for key, addition in additions.items():
         stored = layout.variable(key)
-        old = _raw(source, stored)
+        old = raw(source, stored)
         new = added(old, stored.dtype, stored.shape, addition, key)
         if key in layout.aliases:
             del aliases[key]
@@ -142,12 +142,13 @@ def added_bytes(source: str | Path | bytes, additions: Mapping[str, np.ndarray])
 
     Raises like `addition_splices`.
     """
-    with _opened(source) as (file, name):
+    with opened(source) as (file, name):
         return patched_bytes(file, addition_splices(file, additions, name))
 
 
 @contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str]]:
+def opened(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str]]:
+    """A model.bin (path, its folder, or the file's bytes) opened, and what to call it in messages."""
     if isinstance(source, bytes):
         yield io.BytesIO(source), "model.bin in memory"
         return
@@ -162,7 +163,8 @@ def _opened(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str]]:
         yield file, str(path)
 
 
-def _parse(file: BinaryIO, name: str) -> Ct2Layout:
+def layout_of(file: BinaryIO, name: str) -> Ct2Layout:
+    """Like `read_layout`, of an open file."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     try:
@@ -217,7 +219,7 @@ def _structure_splices(
     """Splices for more variables and other aliases."""
     count = len(layout.variables)
     source.seek(layout.aliases_offset)
-    pairs = b"".join(_packed(alias) + _packed(target) for alias, target in aliases.items())
+    pairs = b"".join(packed_string(alias) + packed_string(target) for alias, target in aliases.items())
     tail = b"".join(new_records) + struct.pack("<I", len(aliases)) + pairs
     return [
         Splice(layout.count_offset, struct.pack("<I", count), struct.pack("<I", count + len(new_records))),
@@ -226,9 +228,14 @@ def _structure_splices(
 
 
 def _record(name: str, like: Variable, data: bytes) -> bytes:
-    number = next(key for key, dtype in _TYPES.items() if dtype == like.dtype)
-    header = struct.pack(f"<B{len(like.shape)}I", len(like.shape), *like.shape)
-    return _packed(name) + header + struct.pack("<BI", number, len(data)) + data
+    return record_header(replace(like, name=name)) + data
+
+
+def record_header(variable: Variable) -> bytes:
+    """What stands in front of a variable's data."""
+    number = next(key for key, dtype in _TYPES.items() if dtype == variable.dtype)
+    shape = struct.pack(f"<B{len(variable.shape)}I", len(variable.shape), *variable.shape)
+    return packed_string(variable.name) + shape + struct.pack("<BI", number, variable.nbytes)
 
 
 def _values(file: BinaryIO, layout: Ct2Layout, name: str) -> np.ndarray:
@@ -243,10 +250,11 @@ def _values(file: BinaryIO, layout: Ct2Layout, name: str) -> np.ndarray:
 
 
 def _values_of(file: BinaryIO, variable: Variable) -> np.ndarray:
-    return from_bytes(_raw(file, variable), variable.dtype, variable.shape)
+    return from_bytes(raw(file, variable), variable.dtype, variable.shape)
 
 
-def _raw(file: BinaryIO, variable: Variable) -> bytes:
+def raw(file: BinaryIO, variable: Variable) -> bytes:
+    """The variable's data as they are stored."""
     file.seek(variable.offset)
     return file.read(variable.nbytes)
 
@@ -264,6 +272,7 @@ def _string(file: BinaryIO) -> str:
     return data.rstrip(b"\0").decode()
 
 
-def _packed(text: str) -> bytes:
+def packed_string(text: str) -> bytes:
+    """A string as this file format stores it."""
     data = text.encode() + b"\0"
     return struct.pack("<H", len(data)) + data

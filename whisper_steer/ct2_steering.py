@@ -2,7 +2,8 @@
 
 CTranslate2 cannot be hooked. What is done instead depends on the steerings at work:
 - none (alpha 0): everything is passed on, bit for bit;
-- constant shifts alone: another model.bin, patched in memory (ct2_file.py), takes the place of the first;
+- constant shifts alone: a second model encodes, loaded from the same model.bin, patched in memory, with but a
+  stub of a decoder (ct2_stub.py): a change of alpha loads the encoder, no more;
 - anything that looks at frames: the encoder runs in PyTorch, from the same weights (ct2_encoder.py), and
   CTranslate2 decodes its output.
 
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from .ct2_encoder import load_encoder, run_encoder
-from .ct2_file import MODEL_FILE, added_bytes, ffn_bias_name
+from .ct2_file import MODEL_FILE, ffn_bias_name
+from .ct2_stub import encoder_bytes
 from .edits import Shift
 from .errors import ModelError
 from .passing import Pass, Step, edited_stretches
@@ -56,16 +58,14 @@ class Ct2Source:
     def model_bin(self) -> Path | bytes:
         return Path(self.path) / MODEL_FILE if self.files is None else self.files[MODEL_FILE]
 
-    def load(self, additions: dict[str, np.ndarray]) -> ctranslate2.models.Whisper:
-        """A model with vectors added to variables of its file, made in memory; none: the plain one."""
-        if not additions:
-            return ctranslate2.models.Whisper(self.path, files=self.files, **self.options)
+    def load_encoder(self, additions: dict[str, np.ndarray]) -> ctranslate2.models.Whisper:
+        """A model to encode with, and for nothing else, with vectors added to variables of the file."""
         files = self.files
         if files is None:
             folder = Path(self.path)
             beside = [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
             files = {path.name: path.read_bytes() for path in beside if path.name not in _NOT_CTRANSLATE2}
-        files = {**files, MODEL_FILE: added_bytes(self.model_bin, additions)}
+        files = {**files, MODEL_FILE: encoder_bytes(self.model_bin, additions)}
         return ctranslate2.models.Whisper(self.path, files=files, **self.options)
 
 
@@ -165,8 +165,8 @@ class _Encoded:
 class SteeredWhisper:
     """Stands in for a ctranslate2.models.Whisper; attributes that are not here are those of the model.
 
-    plain: the model that is replaced. to_text: token ids -> text, for the records of withheld words.
-    keep_plain: it belongs to somebody else and stays in memory, too. Several threads may call it at once.
+    plain: the model that is replaced; it writes all words. to_text: token ids -> text, for the records of
+    withheld words. Several threads may call it at once.
     """
 
     def __init__(
@@ -174,14 +174,14 @@ class SteeredWhisper:
         plain: ctranslate2.models.Whisper,
         source: Ct2Source,
         to_text: Callable[[list[int]], str],
-        keep_plain: bool = False,
     ) -> None:
         self.source = source
         self.handles: tuple[Handle, ...] = ()  # replaced, never changed: other threads walk through it
-        self.plain = plain if keep_plain else None
+        self.plain = plain
         self._to_text = to_text
         self._lock = threading.RLock()
-        self._active: tuple[tuple[Any, ...], ctranslate2.models.Whisper] = ((), plain)
+        # what encodes with shifts, and which; kept when alpha goes to 0, where the plain model does
+        self._shifted: tuple[tuple[Any, ...], ctranslate2.models.Whisper] | None = None
         self._encoder: AudioEncoder | None = None
         self._encoded: weakref.WeakKeyDictionary[Any, _Encoded] = weakref.WeakKeyDictionary()
 
@@ -194,9 +194,9 @@ class SteeredWhisper:
             self.handles = tuple(h for h in self.handles if h is not handle)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_active" not in self.__dict__:
+        if name.startswith("__") or "plain" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self._active[1], name)
+        return getattr(self.plain, name)
 
     # ---------- the methods of ctranslate2.models.Whisper
 
@@ -204,7 +204,7 @@ class SteeredWhisper:
         """Mel features (batch, n_mels, frames) -> (batch, frames // 2, d_model), steered."""
         steps = self._steps()
         if all(_is_constant(step) for step in steps):
-            return self._model(steps).encode(features, to_cpu=to_cpu)
+            return self._shifting(steps).encode(features, to_cpu=to_cpu)
         encoder, device = self._torch_encoder()
         mel = torch.as_tensor(np.asarray(features) if features.device == "cpu" else features)
         weight = encoder.conv1.weight
@@ -235,18 +235,17 @@ class SteeredWhisper:
         Its words are decoded all the same if its handle asks for it (`decode_withheld`).
         """
         features = self._encoded_features(features)
-        model = self._model()
         encoded, run = self._encoded.get(features), _run.get()
         if run is not None:
             run.generated = [] if encoded is None else list(encoded.edited)
         if encoded is None or not any(encoded.verdicts):
-            return model.generate(features, prompts, **options)
+            return self.plain.generate(features, prompts, **options)
         verdicts = encoded.verdicts
         rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         decoded: dict[int, Any] = {}
         if rows:
             kept = _storage(encoded.features[rows]) if len(rows) < len(verdicts) else (features, None)
-            results = model.generate(kept[0], [prompts[row] for row in rows], **options)
+            results = self.plain.generate(kept[0], [prompts[row] for row in rows], **options)
             decoded = dict(zip(rows, results, strict=True))
         return [
             decoded[row] if verdict is None else self._withhold(verdict, decoded.get(row), options)
@@ -255,11 +254,17 @@ class SteeredWhisper:
 
     def align(self, features: ctranslate2.StorageView, *args: Any, **options: Any) -> list[Any]:
         """As CTranslate2's, of the steered encoder output."""
-        return self._model().align(self._encoded_features(features), *args, **options)
+        return self.plain.align(self._encoded_features(features), *args, **options)
 
     def detect_language(self, features: ctranslate2.StorageView) -> list[Any]:
         """As CTranslate2's, of the steered encoder output."""
-        return self._model().detect_language(self._encoded_features(features))
+        return self.plain.detect_language(self._encoded_features(features))
+
+    def unload_model(self, to_cpu: bool = False) -> None:
+        """As CTranslate2's; what only encodes is dropped, and made again when it is needed."""
+        with self._lock:
+            self._shifted = self._encoder = None
+        self.plain.unload_model(to_cpu)
 
     # ---------- what is behind them
 
@@ -267,28 +272,27 @@ class SteeredWhisper:
         alphas = [(handle, handle.alpha) for handle in self.handles]
         return tuple(Step(handle, alpha, handle.steering) for handle, alpha in alphas if alpha > 0)
 
-    def _model(self, steps: tuple[Step, ...] | None = None) -> ctranslate2.models.Whisper:
-        """The model to use. steps (constant ones, or none): that which has them in its weights; without this
-        argument the one at hand, since all decode alike."""
-        if steps is None:
-            return self._active[1]
+    def _shifting(self, steps: tuple[Step, ...]) -> ctranslate2.models.Whisper:
+        """The model to encode with: that which has these constant steps in its weights."""
+        if not steps:
+            return self.plain
         key = tuple((step.steering, step.alpha) for step in steps)
         with self._lock:
-            if not _same(self._active[0], key):
-                own = self.plain if not key else None
-                self._active = (key, own or self.source.load(_additions(steps)))
-            return self._active[1]
+            if self._shifted is None or not _same(self._shifted[0], key):
+                self._shifted = None  # its memory is used again
+                self._shifted = key, self.source.load_encoder(_additions(steps))
+            return self._shifted[1]
 
     def _encoded_features(self, features: ctranslate2.StorageView) -> ctranslate2.StorageView:
         """Mel features are encoded here, since CTranslate2 would do it unsteered."""
-        is_mel = features not in self._encoded and list(features.shape)[1] == self._model().n_mels
+        is_mel = features not in self._encoded and list(features.shape)[1] == self.plain.n_mels
         return self.encode(features) if is_mel and self.handles else features
 
     def _torch_encoder(self) -> tuple[AudioEncoder, torch.device]:
         """The encoder, made once, on CTranslate2's device if this PyTorch can use it."""
         with self._lock:
             if self._encoder is None:
-                model = self._active[1]
+                model = self.plain
                 encoder = load_encoder(self.source.model_bin)
                 if model.device == "cuda" and torch.cuda.is_available():
                     dtype = _dtype(str(model.compute_type))

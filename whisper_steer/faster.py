@@ -318,7 +318,7 @@ class _Dressed(SteeredWhisper):
     """In the place of a foreign model's CTranslate2 model, until its last handle is removed."""
 
     def __init__(self, whisper: faster_whisper.WhisperModel, source: Ct2Source) -> None:
-        super().__init__(whisper.model, source, _to_text(whisper), keep_plain=True)
+        super().__init__(whisper.model, source, _to_text(whisper))
         self._wearers: list[tuple[weakref.ref[Any], type, type]] = []
         self._whisper = weakref.ref(whisper)
         whisper.model = self
