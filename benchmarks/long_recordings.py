@@ -40,7 +40,9 @@ __all__ = [
     "spliced_recordings",
 ]
 
-DEFAULT_METHODS = "plain,silero,faster-whisper-batched-vad,whisper-steer,whisper-steer+vad"
+DEFAULT_METHODS = (
+    "plain,silero,faster-whisper-batched-vad,whisper-steer,whisper-steer+vad,whisper-steer+gate-vad"
+)
 PLAIN, VAD = "plain", "silero"
 COUNT, QUICK_COUNT = 8, 2  # recordings of each sort
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .convert import convert
     from .sae import SparseAutoencoder
     from .steering import Gate, LatentEdit, Shift, Steering
+    from .stretches import GateVad
     from .transcribe import Segment, Transcript, Word, transcribe
-    from .withholding import Suppressed
+    from .withholding import LeftOut, Suppressed
     from .zoo import ModelEntry, load_model, load_sae, load_steering, models
 
     __version__: str
@@ -48,7 +49,9 @@ _HOMES = {
     "convert": "convert",
     "SparseAutoencoder": "sae",
     "Gate": "steering",
+    "GateVad": "stretches",
     "LatentEdit": "steering",
+    "LeftOut": "withholding",
     "Shift": "steering",
     "Steering": "steering",
     "Segment": "transcribe",
@@ -69,8 +72,10 @@ __all__ = [
     "Comparison",
     "FormatError",
     "Gate",
+    "GateVad",
     "Handle",
     "LatentEdit",
+    "LeftOut",
     "MismatchError",
     "ModelEntry",
     "ModelError",

@@ -192,6 +192,11 @@ class Registry:
         """Block `layer` on x, while its hook leaves it alone."""
         return cast(Tensor, self._encoder(self._living_model())[1][layer](x))
 
+    def unsteered_encoder(self) -> tuple[Any, Callable[[int, Tensor], Tensor]]:
+        """(the encoder, what runs its block (layer, x (batch, frames, d_model)) unsteered): outside of a
+        pass a block's hook leaves it alone."""
+        return self._encoder(self._living_model())[0], self._run_block
+
     def _current(self) -> Pass | None:
         return getattr(self._local, "current", None)
 

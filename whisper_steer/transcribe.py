@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from whisper.model import Whisper
 
     from .steering import Steering
+    from .stretches import GateVad
 
 __all__ = ["Segment", "Suppressed", "Transcript", "Word", "transcribe"]
 
@@ -65,7 +66,8 @@ class Transcript:
     its name. steering: name(s), None for plain Whisper. alpha: 0 for plain Whisper; None if several steerings
     with different alphas were at work. profile: the name that alpha was asked for by, None for a plain alpha.
     edited: stretches (start, end) in seconds, in time order, in which the encoder's stream was edited, in
-    windows that keep their words.
+    windows that keep their words. vad: what chose the stretches that were transcribed ("gate"), None: all of
+    the recording was. What it left out is in `suppressed`, as LeftOut.
     """
 
     text: str
@@ -78,6 +80,7 @@ class Transcript:
     alpha: float | None
     profile: str | None = None
     edited: tuple[Stretch, ...] = ()
+    vad: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """openai-whisper's result dict ("text", "segments", "language"), plus "suppressed" and "edited":
@@ -117,6 +120,7 @@ def transcribe(
     backend: str | None = None,
     download_root: str | Path | None = None,
     progress: Progress | None = None,
+    vad: str | GateVad | None = None,
     **whisper_options: Any,
 ) -> Transcript:
     """Transcribe a file, or mono 16 kHz samples (n,) as an array or tensor.
@@ -129,6 +133,9 @@ def transcribe(
     left out if the model is steered already.
     backend: "openai", "faster" or "transformers"; None: what suits the model (faster for CTranslate2's).
     device, download_root: see load_model. progress: called with (seconds done, seconds in all).
+    vad: "gate" (or a GateVad with other thresholds): the steering's gate first looks for speech in the whole
+    recording, which takes one more pass of the encoder; only the stretches that it finds are transcribed,
+    each as a recording of its own. At alpha 0 that is all the steering does. None: everything is transcribed.
     whisper_options: those of whisper.transcribe (language, beam_size, temperature, word_timestamps, ...); for
     faster those of its own WhisperModel.transcribe, too.
 
@@ -144,6 +151,7 @@ def transcribe(
         decode_withheld=decode_withheld,
         device=device,
         download_root=download_root,
+        vad=vad,
     )
     samples = load_audio(audio) if isinstance(audio, (str, Path)) else check_audio(audio)
     try:
@@ -163,6 +171,7 @@ def transcribe(
         alpha=result["alpha"],
         profile=result["profile"],
         edited=merged([(0.0, duration)] if result["everywhere"] else result["edited"], duration),
+        vad=None if vad is None else "gate",
     )
 
 

@@ -47,6 +47,18 @@ class Suppressed:
         return self.text is not None
 
 
+@dataclass(frozen=True)
+class LeftOut(Suppressed):
+    """A stretch that was not transcribed because the gate, looking for speech in the whole recording, found
+    none there (`vad="gate"`).
+
+    logit: of its frame most like speech, of which `score` is the sigmoid. threshold: the logit above which
+    a frame is no speech. The logit can be below it where speech was shorter than is asked for.
+    """
+
+    by: str = "vad"
+
+
 Stretch = tuple[float, float]
 """Start and end, seconds."""
 

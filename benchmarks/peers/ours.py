@@ -1,4 +1,5 @@
-"""Our own forms: the bundled steering, the same behind a VAD, and its edits alone, without a gate.
+"""Our own forms: the bundled steering, the same behind a VAD or with its gate as the speech finder, and its
+edits alone, without a gate.
 
 whisper-steer is what `whisper-steer transcribe` does. ours-shift and ours-latents are fitted on calibration
 clips here: the layer is that of the bundled steering's edits (the last one where there are none), the
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from calibration.corpus import Clip
     from calibration.decoding import ClipTranscript
     from whisper_steer.steering import LatentEdit, Shift, Steering
+    from whisper_steer.stretches import GateVad
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 QUICK_ALPHAS = (0.5, 1.0, 2.0)
@@ -104,6 +108,54 @@ class Steered:
             with steer(setup.model, alpha=strength, steering=steering, decode_withheld=False):
                 heard = list(hear_behind_vad(setup.model, audios))
             yield from heard
+
+
+@dataclass(frozen=True)
+class SteeredStretches:
+    """See benchmarks.methods.Method. The package's own `vad="gate"`; options: other than its defaults."""
+
+    name: str
+    about: str
+    options: GateVad | None = None
+    strengths: tuple[float, ...] = (0.0, *ALPHAS)
+    quick_strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
+
+    def prepare(self, setup: Setup) -> None:
+        if steering_of(setup).gate is None:
+            raise Unavailable("it needs a steering with a gate")
+
+    def fingerprint(self, setup: Setup) -> str:
+        """What the words depend on beside the model."""
+        from whisper_steer.stretches import GateVad
+
+        return f"{steering_hash(steering_of(setup))}-{self.options or GateVad()}"
+
+    def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
+        import torch
+
+        from whisper_steer.transcribe import transcribe
+
+        for clip in clips:
+            audio = setup.audio(clip)
+            began = time.perf_counter()
+            with torch.random.fork_rng(devices=None if torch.cuda.is_available() else []):
+                # sampling at higher temperatures repeats with the audio
+                torch.manual_seed(zlib.crc32(audio.tobytes()))
+                transcript = transcribe(
+                    audio,
+                    setup.model,
+                    alpha=strength,
+                    steering=steering_of(setup),
+                    vad=self.options or "gate",
+                    language="en",
+                )
+            yield Heard(
+                text=transcript.text,
+                segments=tuple((s.start, s.end, s.text) for s in transcript.segments if s.text.strip()),
+                nsp=None,
+                hr=None,
+                seconds=time.perf_counter() - began,
+            )
 
 
 def _check_vad() -> None:
@@ -235,6 +287,11 @@ METHODS: tuple[Method, ...] = (
         "whisper-steer+vad",
         "ours behind Silero VAD at its default threshold (0.5); strength: alpha, calibrated: 1",
         vad=True,
+    ),
+    SteeredStretches(
+        "whisper-steer+gate-vad",
+        'ours on the stretches that its own gate finds (vad="gate"); strength: alpha, calibrated: 1; 0: the '
+        "finder alone",
     ),
     Ungated(
         name="ours-shift",

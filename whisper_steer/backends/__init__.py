@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..steering import Steering
+    from ..stretches import GateVad
 
 Progress = Callable[[float, float], None]
 """Called with (seconds of audio done, seconds in all) while a backend works."""
 
 BACKENDS = ("openai", "faster", "transformers")
+VADS = ("gate",)
 
 
 class Backend(Protocol):
@@ -54,15 +56,33 @@ def make_backend(
     device: Any = None,
     download_root: str | Path | None = None,
     threads: int = 0,
+    vad: str | GateVad | None = None,
 ) -> Backend:
     """The backend of this name. Raises UsageError for an unknown one.
 
     alpha, profile, steering, decode_withheld: as `steer` takes them; None: see asked.Asked.
     threads: CPU threads of a model that faster-whisper loads, 0: its choice; the other backends use torch's.
+    vad: "gate" or its parameters: only the speech that the steering's gate finds is transcribed.
     """
     from .asked import Asked
 
     asked = Asked(alpha, profile, steering, decode_withheld)
+    if vad is not None:
+        from .stretched import StretchedBackend, check_vad
+
+        parameters = check_vad(vad)
+        inner = make_backend(
+            name,
+            model,
+            alpha=alpha,
+            profile=profile,
+            steering=steering,
+            decode_withheld=decode_withheld,
+            device=device,
+            download_root=download_root,
+            threads=threads,
+        )
+        return StretchedBackend(inner, name, model, asked, parameters)
     given: dict[str, Any] = {"device": device, "download_root": download_root}
     if name == "openai":
         from .openai import OpenAIBackend

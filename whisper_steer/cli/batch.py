@@ -41,7 +41,7 @@ def run(args: dict[str, Any], writes: bool) -> int:
         return failures
     code = language(args.pop("language"))
     as_json, timestamps, keep = args.pop("as_json"), args.pop("verbose"), args.pop("keep_suppressed")
-    explain = args.pop("explain")
+    explain, vad = args.pop("explain"), _vad(args)
     backend, reason = _backend(args)
 
     from whisper.utils import get_writer
@@ -49,7 +49,7 @@ def run(args: dict[str, Any], writes: bool) -> int:
     from ..attach import handles_of
     from ..transcribe import transcribe as transcribe_one
 
-    model = _load(args, backend, keep)
+    model = _load(args, backend, keep, lends_gate=vad is not None)
     print(f"backend: {backend} ({reason})", file=sys.stderr)
     for handle in handles_of(model):
         announce(handle.profile, handle.alpha, handle.steering.measured(handle.alpha))
@@ -60,6 +60,7 @@ def run(args: dict[str, Any], writes: bool) -> int:
         **known_options(args),
         "backend": backend,
         "alpha": None if handles_of(model) else 0.0,  # None: as the model is steered
+        "vad": vad,
         "language": fitting_language(model, code, args["task"]),
         "temperature": fallback,
     }
@@ -125,9 +126,18 @@ def _backend(args: dict[str, Any]) -> tuple[str, str]:
     return backend_for(args["model"]) if given is None else (given, "asked for")
 
 
-def _load(args: dict[str, Any], backend: str, keep: bool) -> Any:
+def _vad(args: dict[str, Any]) -> str | None:
+    from ..backends import VADS
+
+    vad: str | None = args.pop("vad")
+    if vad not in (None, *VADS):
+        raise UsageError(f"--vad {vad}: expected {' or '.join(VADS)}")
+    return vad
+
+
+def _load(args: dict[str, Any], backend: str, keep: bool, lends_gate: bool) -> Any:
     """The backend's model, steered unless alpha is 0; takes the options that are about it out of `args`.
-    keep: withheld windows are decoded, too."""
+    keep: withheld windows are decoded, too. lends_gate: the steering's gate is needed at alpha 0, too."""
     import torch
 
     from ..attach import handles_of, steer
@@ -147,21 +157,29 @@ def _load(args: dict[str, Any], backend: str, keep: bool) -> Any:
         model: Any = load_model(name, **place)
     else:
         model = make_backend(backend, name, **strength, **place, threads=threads or 0).load()
-    if not handles_of(model) and (strength["alpha"] != 0 or strength["steering"] is not None):
+    needed = strength["alpha"] != 0 or strength["steering"] is not None or lends_gate
+    if needed and not handles_of(model):
         steer(model, **strength)
     return model
 
 
 def _note_suppressed(file: Path, transcript: Transcript, keep: bool) -> None:
-    windows = transcript.suppressed
-    if windows:
-        seconds = sum((window.end or 0.0) - (window.start or 0.0) for window in windows)
-        hint = "" if keep else "; --keep-suppressed decodes and shows them"
-        plural = "s" if len(windows) > 1 else ""
-        print(
-            f"{file}: {len(windows)} window{plural} withheld, nobody speaks ({seconds:.1f} s){hint}",
-            file=sys.stderr,
-        )
+    from ..withholding import LeftOut
+
+    hint = "" if keep else "; --keep-suppressed decodes and shows them"
+    left_out = [window for window in transcript.suppressed if isinstance(window, LeftOut)]
+    withheld = [window for window in transcript.suppressed if not isinstance(window, LeftOut)]
+    for windows, names, done in (
+        (left_out, ("stretch", "stretches"), "left out"),
+        (withheld, ("window", "windows"), "withheld"),
+    ):
+        if windows:
+            seconds = sum((window.end or 0.0) - (window.start or 0.0) for window in windows)
+            print(
+                f"{file}: {len(windows)} {names[len(windows) > 1]} {done}, nobody speaks "
+                f"({seconds:.1f} s){hint}",
+                file=sys.stderr,
+            )
 
 
 def _unforeseen(file: Path, error: Exception) -> str:

@@ -48,6 +48,15 @@ Steering = Annotated[
     str | None,
     typer.Option("--steering", help="A steering file, or a name such as audiosae; by default the model's."),
 ]
+Vad = Annotated[
+    str | None,
+    typer.Option(
+        "--vad",
+        metavar="NAME",
+        help="gate: the steering's gate finds the speech first (one more pass of the encoder), and only that "
+        "is transcribed; by default everything is.",
+    ),
+]
 Language = Annotated[
     str | None,
     typer.Option("--language", help="Spoken language, as en or English; detected by default."),

@@ -19,6 +19,7 @@ def transcribe(
     profile: options.Profile = None,
     steering: options.Steering = None,
     backend: options.Backend = None,
+    vad: options.Vad = None,
     device: options.Device = None,
     keep_suppressed: Annotated[
         bool,
@@ -219,7 +220,7 @@ def transcribe(
     all accepted with the same meaning and defaults.
 
     Windows in which nobody speaks are withheld, not decoded, and counted on stderr; --keep-suppressed decodes
-    them, too, and shows their words.
+    them, too, and shows their words. So it is with the stretches that --vad gate leaves out.
 
     Exit code: 0 done, 1 a file failed (the others are still done), 2 wrong usage.
     """
