@@ -13,8 +13,8 @@ from whisper_steer import kernels
 
 
 def rolled(d, times, frames, seed):
-    """x (frames, d), W (times d, d): one block of weights, its columns turned by one more for every block, and
-    all pre-activations (frames, times d) in float64, at a block's cost."""
+    """x (frames, d), W (times d, d): one block of weights, its columns turned by one more for every block,
+    and pre-activations (frames, times d) in float64, at a block's cost."""
     g = torch.Generator().manual_seed(seed)
     x, block = torch.randn(frames, d, generator=g), torch.randn(d, d, generator=g) / d**0.5
     W = torch.cat([block.roll(turn, dims=1) for turn in range(times)])
