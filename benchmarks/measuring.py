@@ -11,7 +11,7 @@ from benchmarks import reports
 from benchmarks.hearing_cache import ClipRecord, HearingCache
 from benchmarks.listening import listen
 from benchmarks.methods import Heard, Method, Setup, Unavailable
-from benchmarks.rows import Measured, paired, pools, summarise
+from benchmarks.rows import Measured, paired, pools, summarise, understood
 from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def measure(
 def rows_of(results: Results, methods: Sequence[Method]) -> list[reports.Row]:
     """Rows of every setting in the order of the methods; plain Whisper's also as alpha 0 of every method that
     does not measure strength 0 itself."""
-    plain = summarise(results.heard[PLAIN], "plain", 0.0)
+    right = understood(results.heard[PLAIN])
+    plain = summarise(results.heard[PLAIN], "plain", 0.0, right)
     rows = list(plain)
     for method in methods:
         settings = sorted(strength for name, strength in results.heard if name == method.name)
@@ -111,7 +112,7 @@ def rows_of(results: Results, methods: Sequence[Method]) -> list[reports.Row]:
         if 0.0 not in settings:
             rows += [{**row, "method": method.name} for row in plain]
         for strength in settings:
-            rows += summarise(results.heard[method.name, strength], method.name, strength)
+            rows += summarise(results.heard[method.name, strength], method.name, strength, right)
     return rows
 
 

@@ -15,7 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 NONSPEECH_RATES = ("text_fpr", "nsp_fpr", "hr", "words_per_min")
-SPEECH_RATES = ("wer", "sub", "del", "ins", "empty_speech")
+# lost_speech: clips of which plain Whisper got a word right and the method wrote nothing
+SPEECH_RATES = ("wer", "sub", "del", "ins", "empty_speech", "lost_speech")
 RATES = NONSPEECH_RATES + SPEECH_RATES
 COLUMNS = (
     "method", "alpha", "set", "clips", "audio",
@@ -91,6 +92,8 @@ def _sentences(pooled: Sequence[tuple[str, float, Row, Row]], which: str) -> lis
                 f"empty speech clips {100 * empty0:.1f} -> {100 * empty1:.1f} % "
                 f"(target at most {100 * TARGET_EMPTY:g}: {verdict})"
             )
+            if spoken1.get("lost_speech") is not None:
+                parts.append(f"of them with a right word before: {100 * spoken1['lost_speech']:.1f} %")
         if parts:
             lines.append(f"{method}, alpha {top:g}{which}: " + "; ".join(parts))
     return lines
@@ -105,7 +108,9 @@ def tables(rows: Sequence[Row], minutes: Mapping[str, float] | None = None) -> l
     pooled = list(pooled_rows(rows))
     unit = "seconds" if minutes is None else "s per min"
     nonspeech = _table("On non-speech, all sets", ("text-FPR %", "nsp-FPR %", "HR %", "words/min", unit))
-    speech = _table("On speech, all sets", ("WER %", "sub / del / ins %", "empty clips %", unit))
+    speech = _table(
+        "On speech, all sets", ("WER %", "sub / del / ins %", "empty clips %", "lost clips %", unit)
+    )
 
     def effort(row: Row) -> str:
         length = 1.0 if minutes is None else minutes.get(row["set"], 0.0)
@@ -119,9 +124,9 @@ def tables(rows: Sequence[Row], minutes: Mapping[str, float] | None = None) -> l
             words = _percent(silent, "words_per_min", 1.0)
             _add(nonspeech, new, method, alpha, *rates, words, effort(silent))
         if spoken:
-            wer, empty = _percent(spoken, "wer"), _percent(spoken, "empty_speech")
+            wer, empty, lost = (_percent(spoken, name) for name in ("wer", "empty_speech", "lost_speech"))
             parts = " / ".join(f"{100 * spoken[name]:.1f}" for name in ("sub", "del", "ins"))
-            _add(speech, new, method, alpha, wer, parts, empty, effort(spoken))
+            _add(speech, new, method, alpha, wer, parts, empty, lost, effort(spoken))
         previous = method
     return [table for table in (nonspeech, speech) if table.rows] + [_set_table(rows)]
 

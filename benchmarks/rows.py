@@ -1,8 +1,9 @@
 """Rows and paired differences from what methods heard: see reports.COLUMNS for what a row holds.
 
 A set's rates are over its clips; WER and empty clips are of speech; text-FPR, nsp-FPR, HR and words per
-minute of non-speech. The pools all_speech and all_nonspeech join the sets of a kind, their halves _synthetic
-and _real follow where both are there, and "all" has both pools in one row.
+minute of non-speech. A clip is lost where plain Whisper got a word right and the method wrote none: what is
+empty but not lost held nothing but invented words. The pools all_speech and all_nonspeech join the sets of a
+kind, their halves _synthetic and _real follow where both are there, and "all" has both pools in one row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from calibration.evaluate import (
     Outcome,
     Rate,
     bootstrap_ratio,
+    bootstrap_share,
     nonspeech_metrics,
     normalise,
     speech_metrics,
@@ -57,12 +59,36 @@ def pools(measured: Mapping[str, Sequence[Measured]]) -> dict[str, list[Measured
     return {name: items for name, items in groups.items() if items}
 
 
-def summarise(measured: Mapping[str, Sequence[Measured]], method: str, alpha: float) -> list[Row]:
-    """One row per set, then the pools. What a set, or the method's runtime, cannot show is None."""
-    return [_row(method, alpha, name, items) for name, items in pools(measured).items()]
+Key = tuple[str, int]  # id and checksum of a clip
 
 
-def _row(method: str, alpha: float, name: str, items: Sequence[Measured]) -> Row:
+def understood(plain: Mapping[str, Sequence[Measured]]) -> dict[Key, bool]:
+    """Of every speech clip under plain Whisper: whether it got at least one word of the reference right."""
+    found: dict[Key, bool] = {}
+    for item in (item for items in plain.values() for item in items if item.clip.is_speech):
+        errors = word_errors(item.clip.text or "", item.heard.text)
+        if errors is not None:
+            right = errors.words - errors.substitutions - errors.deletions
+            found[item.clip.id, item.clip.crc] = right > 0
+    return found
+
+
+def summarise(
+    measured: Mapping[str, Sequence[Measured]],
+    method: str,
+    alpha: float,
+    right: Mapping[Key, bool] | None = None,
+) -> list[Row]:
+    """One row per set, then the pools. What a set, or the method's runtime, cannot show is None.
+
+    right: `understood` of plain Whisper on the same clips; without it lost_speech is None.
+    """
+    return [_row(method, alpha, name, items, right) for name, items in pools(measured).items()]
+
+
+def _row(
+    method: str, alpha: float, name: str, items: Sequence[Measured], right: Mapping[Key, bool] | None
+) -> Row:
     row: Row = dict.fromkeys(COLUMNS)
     speech = [item for item in items if item.clip.is_speech]
     nonspeech = [item for item in items if not item.clip.is_speech]
@@ -70,6 +96,12 @@ def _row(method: str, alpha: float, name: str, items: Sequence[Measured]) -> Row
     if speech:
         references = [item.clip.text or "" for item in speech]
         rates |= speech_metrics(references, [item.heard.text for item in speech]).row()
+        known = [
+            (right[key], item) for item in speech if right and (key := (item.clip.id, item.clip.crc)) in right
+        ]
+        if known:
+            rate = bootstrap_share([had and not _wrote(item.heard) for had, item in known])
+            rates |= {"lost_speech": rate.value, "lost_speech_lo": rate.lo, "lost_speech_hi": rate.hi}
     if nonspeech:
         rates |= nonspeech_metrics([_outcome(item) for item in nonspeech]).row()
         for event in ("nsp", "hr"):

@@ -67,6 +67,20 @@ def test_summary_counts_by_hand() -> None:
                 assert row[f"{name}_lo"] <= row[name] <= row[f"{name}_hi"]
 
 
+def test_lost_clips_are_those_whose_right_words_are_gone() -> None:
+    clips = [clip(f"speech/{i}", text="open the green door") for i in range(4)]
+    before = ["open a green door", "Thank you for watching.", "", "open the green door"]
+    after = ["", "", "", "open"]
+    plain = {"speech": [measured(one, text) for one, text in zip(clips, before, strict=True)]}
+    mine = {"speech": [measured(one, text) for one, text in zip(clips, after, strict=True)]}
+    right = rows.understood(plain)
+    assert list(right.values()) == [True, False, False, True]
+    row = rows.summarise(mine, "vad", 0.5, right)[0]
+    assert row["empty_speech"] == 0.75 and row["lost_speech"] == 0.25  # the caption nobody said is no loss
+    assert rows.summarise(plain, "plain", 0.0, right)[0]["lost_speech"] == 0.0
+    assert rows.summarise(mine, "vad", 0.5)[0]["lost_speech"] is None
+
+
 def test_scores_that_a_runtime_does_not_show_are_none() -> None:
     items = [
         measured(clip("noise/0", "nonspeech"), "you", nsp=None, hr=None),
@@ -145,7 +159,8 @@ def test_headline_judges_against_the_targets() -> None:
     assert ours == (
         "whisper-steer, alpha 1: text-FPR 60.0 -> 3.0 % (-95 % relative; target -95 %: reached); "
         "WER 4.00 -> 4.08 % (+0.08 points; target at most +0.1: reached); "
-        "empty speech clips 4.0 -> 4.1 % (target at most 0.2: missed)"
+        "empty speech clips 4.0 -> 4.1 % (target at most 0.2: missed); "
+        "of them with a right word before: 4.1 %"
     )
 
 
