@@ -15,7 +15,9 @@ from kernel_cases import adversarial, check, random_case
 from whisper_steer import kernels
 from whisper_steer.kernels import triton_launch
 
-INTERPRETED = Path(__file__).with_name("kernels_interpreted.py")
+INTERPRETED = [
+    Path(__file__).with_name(name) for name in ("kernels_interpreted.py", "test_kernels_interpreted.py")
+]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install triton)"
 )
@@ -28,11 +30,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def test_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED)],
-        capture_output=True, text=True, env=environment, cwd=INTERPRETED.parent.parent,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, INTERPRETED)],
+        capture_output=True, text=True, env=environment, cwd=INTERPRETED[0].parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "14 passed" in done.stdout
+    assert "24 passed" in done.stdout
 
 
 def test_what_is_missing_is_said(monkeypatch):
