@@ -4,11 +4,12 @@ clips.
     python -m calibration.fit --model mini.en --saes out/saes --labels out/labels.jsonl \\
         --corpus out/corpus --data ../shared/data --out out/fit
 
-For every layer: gates on 16 to 128 SAE latents and one on raw activations, and both on two layers jointly;
-edits from a logistic regression on pooled latents (both published forms, several k), from the causal effect
-of latents, from both, and from mean differences; and the silence that frames are replaced by where nobody
-speaks. Every part is a steering file of its own in --out; windows.npz holds what each gate says about every
-window of the calibration clips, fit.json the record. `python -m calibration.sweep` chooses among them.
+For every layer: gates on 16 to 256 SAE latents and one on raw activations, and both on two and on four
+layers jointly; edits from a logistic regression on pooled latents (both published forms, several k), from
+the causal effect of latents, from both, and from mean differences; and the silence that frames are replaced
+by where nobody speaks. Every part is a steering file of its own in --out; windows.npz holds what each gate
+says about every window of the calibration clips, fit.json the record. `python -m calibration.sweep` chooses
+among them.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def fit_gates(
     progress: bool = True,
 ) -> dict[str, Gate]:
     """Gates by name: latents_l<layer>_m<size> and raw_l<layer> of every layer, and of the layer that tells
-    the classes apart best together with up to three others, latents_l<a>+l<b>_m<size> and raw_l<a>+l<b>.
+    the classes apart best together with up to three others, latents_l<a>+l<b>_m<size> and raw_l<a>+l<b>; and
+    of all these at once.
     """
     gates: dict[str, Gate] = {}
     losses: dict[int, float] = {}
@@ -147,6 +149,8 @@ def fit_gates(
     others = evenly([layer for layer in saes if layer != best], PARTNERS)
     for other in tqdm(others, desc="fitting gates of two layers", unit="pair", disable=not progress):
         add(tuple(sorted((best, other))))
+    if len(others) > 1:
+        add(tuple(sorted((best, *others))))
     return gates
 
 

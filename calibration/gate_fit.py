@@ -1,6 +1,6 @@
 """Fits gates: probes that say per 20 ms frame how surely nobody speaks.
 
-A logistic regression on frames of training clips. Features are a few latents of the SAEs of one or two
+A logistic regression on frames of training clips. Features are a few latents of the SAEs of one or more
 layers (log1p of the code in units of its own mean), chosen by elimination: a fit on many latents, the weaker
 half of them dropped, a new fit, and so on; every size on the way gives a gate. The control is the same
 regression on the layers' standardised raw activations.
@@ -42,8 +42,8 @@ logger = logging.getLogger("whisper_steer")
 
 SPEECH, NOBODY, UNCLEAR = 0, 1, -1
 MARGIN = 0.25  # seconds around an utterance that belong to neither class (onsets, reverberation, attention)
-GATE_SIZES = (128, 64, 32, 16)
-_SCREENED = 256  # latents that enter the elimination, by how differently they behave in the two classes
+GATE_SIZES = (256, 128, 64, 32, 16)
+_SCREENED = 512  # latents that enter the elimination, by how differently they behave in the two classes
 _CHUNK = 8192
 _MAX_BYTES = 3 << 30
 

@@ -28,7 +28,6 @@ REAL_SPEECH_DB = 25.0  # real recordings have a noise floor: only frames well ab
 CONDITIONS = ("clean", "noisy", "quiet", "reverb", "sparse", "embedded", "clean", "noisy")  # in turn
 WHISPERED_SHARE = 0.12
 TELEPHONE = "telephone"
-_OVER_TELEPHONE = 4  # every fourth clip once more
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,11 @@ def training_clips(
 
 
 def some_over_telephone(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
-    """Every fourth of the clips as it is heard at the other end of a telephone line."""
-    return [_over_telephone(clip, seed) for clip in clips[::_OVER_TELEPHONE]]
+    """All clean real speech, which is scarce and varied, and every second of the other clips as they are
+    heard at the other end of a telephone line."""
+    people = [clip for clip in clips if clip.kind == "real_speech" and clip.condition == "clean"]
+    others = [clip for clip in clips if clip.kind != "real_speech" or clip.condition != "clean"]
+    return [_over_telephone(clip, seed) for clip in (*people, *others[::2])]
 
 
 def _over_telephone(clip: TrainingClip, seed: int) -> TrainingClip:

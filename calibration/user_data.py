@@ -242,8 +242,8 @@ def _mixed(clip: Clip, noise: Clip) -> np.ndarray:
 
 
 def _training(speech: Sequence[Clip], sounds: Sequence[Clip], seed: int) -> list[TrainingClip]:
-    """Non-speech as it is; speech clean and in one of VARIANTS, with that non-speech as background; every
-    fourth of all these once more over a telephone."""
+    """Non-speech as it is; speech clean and in one of VARIANTS, with that non-speech as background; all clean
+    speech and every second of the others once more over a telephone."""
     clips = [TrainingClip(clip.id, "nonspeech", clip.category, partial(_silent, clip)) for clip in sounds]
     for number, clip in enumerate(speech):
         condition = VARIANTS[number % len(VARIANTS)]

@@ -4,10 +4,12 @@ import torch
 from calibration_tools import RATE, make_terse_whisper, sound
 
 from calibration.activations import encode_clip
+from calibration.fit import fit_gates
 from calibration.gate_fit import (
     NOBODY,
     SPEECH,
     UNCLEAR,
+    FrameSample,
     balanced_weights,
     collect_gate_frames,
     fit_latent_gates,
@@ -161,3 +163,22 @@ def test_a_refit_keeps_the_features_and_follows_the_frames():
     torch.testing.assert_close(turned.probes[0].coef, -gate.probes[0].coef, rtol=1e-2, atol=1e-2)
     assert turned.probes[0].indices.tolist() == gate.probes[0].indices.tolist()
     assert turned.smooth == gate.smooth and torch.equal(turned.probes[0].unit, gate.probes[0].unit)
+
+
+def test_gates_read_one_layer_two_and_up_to_four():
+    rng = np.random.default_rng(0)
+    nobody = rng.random(400) < 0.5
+    x = {}
+    for layer in range(5):  # layer 3 shows most clearly whether somebody speaks
+        shift = torch.from_numpy(nobody.astype(np.float32))[:, None] * (2.0 if layer == 3 else 0.5)
+        x[layer] = torch.from_numpy(rng.standard_normal((400, 4)).astype(np.float32)) + shift
+    sample = FrameSample(x, nobody, np.ones(400), {})
+    gates = fit_gates(dict.fromkeys(range(5)), sample, progress=False)  # without SAEs: raw activations
+    assert list(gates) == [
+        *(f"raw_l{layer}" for layer in range(5)),
+        *("raw_l0+l3", "raw_l1+l3", "raw_l2+l3"),  # the best with others
+        "raw_l0+l1+l2+l3",
+    ]
+    assert gates["raw_l0+l1+l2+l3"].layers == (0, 1, 2, 3)
+    losses = {name: frame_loss(gate, x, nobody, sample.weight) for name, gate in gates.items()}
+    assert min(losses, key=lambda name: losses[name]) == "raw_l0+l1+l2+l3"

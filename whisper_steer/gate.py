@@ -22,7 +22,7 @@ MIN_FRAME_GATE = 0.01
 class Gate:
     """Says, per 20 ms frame and per 30 s window, how surely *nobody* speaks.
 
-    The logit of a frame is the sum of its probes (one or two layers, ascending) and the intercept,
+    The logit of a frame is the sum of its probes (one to four layers, ascending) and the intercept,
     averaged over `smooth` frames (odd).
     threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
     small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.

@@ -1,4 +1,4 @@
-"""A Probe: a linear read-out of one encoder layer, frame by frame. Gates are sums of one or two of them."""
+"""A Probe: a linear read-out of one encoder layer, frame by frame. Gates are sums of them over layers."""
 
 from __future__ import annotations
 
