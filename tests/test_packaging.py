@@ -31,7 +31,8 @@ TOP_LEVEL = {
 PUBLIC_NAMES = {
     "__version__", "load_model", "load_steering", "load_sae", "models", "ModelEntry",
     "steer", "handles_of", "Handle", "Steering", "Shift", "LatentEdit", "Gate", "SparseAutoencoder",
-    "transcribe", "Transcript", "Segment", "Word", "Suppressed", "compare", "Comparison",
+    "transcribe", "Transcript", "Segment", "Word", "Suppressed", "LeftOut", "GateVad", "compare",
+    "Comparison",
     "load_audio", "find_audio", "bake", "unbake", "Baked", "convert",
     "WhisperSteerError", "UsageError", "AudioError", "ModelError", "FormatError", "MismatchError",
 }  # fmt: skip

@@ -48,6 +48,7 @@ def transcript_record(file: str, transcript: Transcript) -> dict[str, Any]:
         "alpha": transcript.alpha,
         "profile": transcript.profile,
         "duration": transcript.duration,
+        **({} if transcript.vad is None else {"vad": transcript.vad}),
         **transcript.to_dict(),
     }
 
