@@ -19,15 +19,12 @@ back after voice detection by setting `start` and `end` of what `generate_segmen
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import faster_whisper
@@ -36,116 +33,17 @@ from faster_whisper.utils import download_model
 from .attach import Handle, check_alpha, check_strength, resolve_steering
 from .ct2_encoder import Ct2View
 from .ct2_search import find_folder
-from .ct2_steering import (
-    Ct2Source,
-    NoTokens,
-    Run,
-    SteeredWhisper,
-    Withheld,
-    current_run,
-    read_files,
-)
+from .ct2_steering import Ct2Source, NoTokens, SteeredWhisper, current_run, read_files
 from .errors import UsageError
+from .faster_segments import asked, transcribing, watched
 from .steering import Steering
-from .withholding import Collector, Suppressed, active_collector
+from .withholding import Suppressed
 
 __all__ = ["BatchedInferencePipeline", "WhisperModel", "steer_existing"]
 
-# is the call inside a `transcribe` of ours, which takes the withheld windows out again?
-_asked: ContextVar[bool] = ContextVar("whisper_steer_faster", default=False)
-
-
-@dataclass
-class _Silent:
-    """Stands for a withheld window among the segments, so that its times are treated as theirs are."""
-
-    start: float
-    end: float
-    withheld: Withheld
-    words: None = None
-
-
-@dataclass
-class _Edited:
-    """Stands for a stretch of edited stream among the segments, for the same reason."""
-
-    start: float
-    end: float
-    words: None = None
-
-
-class _Passing:
-    """A method that looks like the one it stands for, also to code that reads `__code__` or the signature."""
-
-    def __init__(self, function: Callable[..., Any], original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self.__code__ = original.__code__
-        self._function = function
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-
-def _transcribing(original: Callable[..., Any]) -> Any:
-    """`transcribe` of a model or pipeline, less the withheld windows, which are recorded."""
-
-    def transcribe(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _asked.set(True)
-        try:
-            segments, info = original(self, *args, **kwargs)
-        finally:
-            _asked.reset(token)
-        return _spoken(segments, self), info
-
-    return _Passing(transcribe, original)
-
-
-def _spoken(segments: Iterator[Any], owner: Any) -> Iterator[Any]:
-    for segment in segments:
-        if isinstance(segment, _Silent):
-            segment.withheld.place(segment.start, segment.end)
-            _note(segment.withheld, getattr(owner, "model", owner), owner)
-        elif isinstance(segment, _Edited):
-            collector = _collector_of(getattr(owner, "model", owner), owner)
-            if collector is not None:
-                collector.edited.append((segment.start, segment.end))
-        else:
-            yield segment
-
-
-def _collector_of(*owners: Any) -> Collector | None:
-    return next((found for owner in owners if (found := active_collector(owner)) is not None), None)
-
-
-def _note(withheld: Withheld, *owners: Any) -> None:
-    collector = _collector_of(*owners)
-    if collector is not None:
-        collector.records.append(withheld.record)
-    else:
-        withheld.handle.record(withheld.record)
-
-
-def _watched(segments: Iterator[Any]) -> Iterator[Any]:
-    """The same segments, each after the windows that were withheld and the stretches that were edited before
-    it."""
-    run = Run()
-    while True:
-        with run.watching():
-            segment = next(segments, None)
-        for withheld in run.take():
-            start, end = withheld.record.start, withheld.record.end
-            if start is None or end is None:  # never cut into segments: its place is not known
-                withheld.handle.record(withheld.record)
-            else:
-                yield _Silent(start, end, withheld)
-        for start, end in run.take_edited():
-            yield _Edited(start, end)
-        if segment is None:
-            return
-        yield segment
+# as they are found now: programs may put our classes in their place, to be steered unawares
+_Whisper: Any = faster_whisper.WhisperModel
+_Pipeline: Any = faster_whisper.BatchedInferencePipeline
 
 
 class WhisperModel(faster_whisper.WhisperModel):
@@ -176,7 +74,7 @@ class WhisperModel(faster_whisper.WhisperModel):
         **kwargs: Any,
     ) -> None:
         alpha = check_strength(alpha, profile)
-        bound = inspect.signature(faster_whisper.WhisperModel.__init__).bind(self, *args, **kwargs)
+        bound = inspect.signature(_Whisper.__init__).bind(self, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         name = os.fspath(given["model_size_or_path"])
@@ -252,12 +150,12 @@ class WhisperModel(faster_whisper.WhisperModel):
         handle = self._handle()
         return [] if handle is None else handle.withheld
 
-    transcribe = _transcribing(faster_whisper.WhisperModel.transcribe)
+    transcribe = transcribing(_Whisper.transcribe)
 
     def generate_segments(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As faster-whisper's; called by `transcribe`."""
         segments = iter(super().generate_segments(*args, **kwargs))
-        return _watched(segments) if _asked.get() else segments
+        return watched(segments) if asked.get() else segments
 
     def _split_segments_by_timestamps(self, *args: Any, **kwargs: Any) -> Any:
         segments, seek, single = super()._split_segments_by_timestamps(*args, **kwargs)
@@ -304,11 +202,11 @@ class BatchedInferencePipeline(faster_whisper.BatchedInferencePipeline):
         """That of the model."""
         return list(self.model.withheld)
 
-    transcribe = _transcribing(faster_whisper.BatchedInferencePipeline.transcribe)
+    transcribe = transcribing(_Pipeline.transcribe)
 
     def _batched_segments_generator(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         segments = iter(super()._batched_segments_generator(*args, **kwargs))
-        return _watched(segments) if _asked.get() else segments
+        return watched(segments) if asked.get() else segments
 
 
 # ---------- models that exist already
@@ -322,7 +220,7 @@ class _Dressed(SteeredWhisper):
         self._wearers: list[tuple[weakref.ref[Any], type, type]] = []
         self._whisper = weakref.ref(whisper)
         whisper.model = self
-        self.dress(whisper, faster_whisper.WhisperModel, WhisperModel)
+        self.dress(whisper, _Whisper, WhisperModel)
 
     def dress(self, wearer: Any, plain: type, steered: type) -> None:
         """Give an object our class; one of a class derived from faster-whisper's keeps its own."""
@@ -344,7 +242,7 @@ class _Dressed(SteeredWhisper):
 
 def handles_of(model: Any) -> tuple[Handle, ...]:
     """The handles of a model or pipeline, empty if it is not steered."""
-    whisper = model.model if isinstance(model, faster_whisper.BatchedInferencePipeline) else model
+    whisper = model.model if isinstance(model, _Pipeline) else model
     return whisper.model.handles if isinstance(whisper.model, SteeredWhisper) else ()
 
 
@@ -361,7 +259,7 @@ def steer_existing(
     Raises ModelError (no folder given, and none found in the Hugging Face cache), MismatchError (the folder
     or the steering is of another model), UsageError, FormatError.
     """
-    pipeline = model if isinstance(model, faster_whisper.BatchedInferencePipeline) else None
+    pipeline = model if isinstance(model, _Pipeline) else None
     whisper = model if pipeline is None else pipeline.model
     if isinstance(whisper.model, SteeredWhisper):
         if files is not None:
@@ -382,7 +280,7 @@ def steer_existing(
         resolved.alpha_of(profile)  # refused before anything is installed
     steered = whisper.model if isinstance(whisper.model, SteeredWhisper) else _Dressed(whisper, source)
     if pipeline is not None and isinstance(steered, _Dressed):
-        steered.dress(pipeline, faster_whisper.BatchedInferencePipeline, BatchedInferencePipeline)
+        steered.dress(pipeline, _Pipeline, BatchedInferencePipeline)
     handle = Handle(steered, resolved, alpha, decode_withheld, profile)
     steered.add(handle)
     return handle
