@@ -6,11 +6,16 @@
     python -m benchmarks.latency --quick --clock cpu --threads 1       # on a machine that others use, too
 
 Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads
-m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents). A ratio
-is the median over rounds of steered / plain, where a round times plain, then steered, so that a drift of the
-machine hits both; encoder_low and encoder_high are the quartiles. Models have random weights (see
-latency_runtimes). faster-whisper bakes every shift; whisper.cpp can do nothing else, one window at a time.
-The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need not be decoded.
+m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents), and
+what the bundled steering has: a gate on the first and last block, silence (MeanAblation) at the first.
+early_speech: the gate stays shut, as in a window full of speech; early_gap: it opens for about half of the
+frames, so that the blocks behind the edit run a second time. A ratio is the median over rounds of steered /
+plain, which take turns; encoder_low and encoder_high: the 95 % interval of that median (lowest and highest of
+fewer than nine rounds). Where a round is short there are more of them, until they take 3 s. Models have
+random weights (see latency_runtimes). faster-whisper bakes every shift; whisper.cpp can do nothing else, one
+window at a time. alpha_change (faster-whisper): the encoder_seconds that a new alpha of a Shift costs at the
+next window. The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need not be
+decoded.
 
 Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
 encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
@@ -29,7 +34,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -38,6 +42,7 @@ from typing import Any
 
 from benchmarks.command import exit_code
 from benchmarks.files import write_whole
+from benchmarks.latency_timing import paired, peak_mb, ratio_of, reset_peak
 from whisper_steer.errors import UsageError
 
 MODES: tuple[tuple[str, int | None], ...] = (
@@ -48,6 +53,8 @@ MODES: tuple[tuple[str, int | None], ...] = (
     ("gate", 100),
     ("gated_latents", 100),
     ("reconstruction", None),
+    ("early_speech", 100),
+    ("early_gap", 100),
 )
 # highest allowed encoder_ratio on the CPU; (mode, shape or None for every shape)
 TARGETS: dict[tuple[str, str | None], float] = {
@@ -57,8 +64,11 @@ TARGETS: dict[tuple[str, str | None], float] = {
     # 16 d^2 multiplications per frame beside the encoder's 12 d^2 per block: out of reach for tiny's 4 blocks
     ("reconstruction", "small"): 1.08,
 }
-# --quick measures these alone where a round is long: at small's shape, and in batches
+ALPHA_CHANGE_SECONDS = 1.0  # highest allowed, at small's shape
+# --quick measures these alone in batches, and with the early ones at small's shape: a round is long there
 SHORT_MODES = ("shift_baked", "shift_hook", "gated_latents", "reconstruction")
+EARLY_MODES = ("early_speech", "early_gap")
+ROW_SECONDS = 3.0
 QUICK_SECONDS = 510.0  # then settings are left out, and named
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _PACKAGES = {
@@ -88,30 +98,13 @@ class Row:
     rounds: int
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Of paired times: the median of their quotients, its quartiles, and the median steered time (s)."""
-
-    median: float
-    low: float
-    high: float
-    seconds: float
-
-
-def ratio_of(plain: Sequence[float], steered: Sequence[float]) -> Ratio:
-    """Times of the same rounds (s). Raises UsageError without any, or if they are not pairs."""
-    if not plain or len(plain) != len(steered):
-        raise UsageError(f"{len(plain)} plain and {len(steered)} steered times: expected pairs, at least one")
-    quotients = [after / before for before, after in zip(plain, steered, strict=True)]
-    if len(quotients) == 1:
-        return Ratio(quotients[0], quotients[0], quotients[0], steered[0])
-    low, median, high = statistics.quantiles(quotients, n=4, method="inclusive")
-    return Ratio(median, low, high, statistics.median(steered))
-
-
 def verdict(row: Row, device: str) -> str:
-    """ "yes", "no", or "within noise": the quartiles of a missed target still reach it; "" without a
+    """ "yes", "no", or "within noise": the interval of a missed target still reaches it; "" without a
     target."""
+    if row.mode == "alpha_change" and row.encoder_seconds is not None:
+        met = "yes" if row.encoder_seconds < ALPHA_CHANGE_SECONDS else "no"
+        target = f", < {ALPHA_CHANGE_SECONDS:.0f} s: {met}" if row.shape == "small" else ""
+        return f"{row.encoder_seconds:.2f} s{target}"
     limit = TARGETS.get((row.mode, row.shape), TARGETS.get((row.mode, None)))
     if limit is None or row.encoder_ratio is None or (row.mode == "reconstruction" and device != "cpu"):
         return ""
@@ -123,7 +116,7 @@ def verdict(row: Row, device: str) -> str:
 
 def table(rows: Sequence[Row], device: str) -> str:
     """All rows, aligned, for people."""
-    head = tuple("runtime,shape,batch,mode,m,encoder,quartiles,end to end,RTF,MB,target".split(","))
+    head = tuple("runtime,shape,batch,mode,m,encoder,interval,end to end,RTF,MB,target".split(","))
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         spread = "" if row.encoder_low is None else f"{row.encoder_low:.3f}-{row.encoder_high:.3f}"
@@ -148,72 +141,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 # ---------- measuring
 
 
-def paired(
-    plain: Callable[[], object],
-    steered: Callable[[], object],
-    steering: Callable[[], AbstractContextManager[Any]],
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-    late: Callable[[], bool] = lambda: False,
-) -> tuple[list[float], list[float]]:
-    """Times of `rounds` rounds, plain then steered, steered inside `steering()`; one round before them to
-    warm up is not counted, nor is putting the steering on. Once it is `late`, the round at hand is the last,
-    but one is always counted."""
-    before: list[float] = []
-    after: list[float] = []
-    for _ in range(rounds + 1):
-        before.append(_timed(plain, clock))
-        with steering():
-            after.append(_timed(steered, clock))
-        if len(before) > 1 and late():
-            break
-    return before[1:], after[1:]
-
-
-def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    _settle()
-    start = clock()
-    work()
-    _settle()
-    return clock() - start
-
-
-def _settle() -> None:
-    """Waits for the device, which works on by itself."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def reset_peak(device: str) -> None:
-    """Forget the memory used so far, where the system can."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb(device: str) -> float | None:
-    """Highest memory (10^6 bytes) since `reset_peak`."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform != "linux":
-        return None
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return None
-
-
-def modes_of(runtime: str, brief: bool) -> list[tuple[str, int | None]]:
-    """The (mode, m) that are measured: what the runtime can do; brief: SHORT_MODES alone."""
+def modes_of(runtime: str, only: Sequence[str] | None = None) -> list[tuple[str, int | None]]:
+    """The (mode, m) that are measured: what the runtime can do; only: these modes alone."""
     able = {"faster": lambda mode: mode != "shift_hook", "whisper.cpp": lambda mode: mode == "shift_baked"}
     can = able.get(runtime, lambda mode: True)
-    return [(mode, m) for mode, m in MODES if can(mode) and (not brief or mode in SHORT_MODES)]
+    return [(mode, m) for mode, m in MODES if can(mode) and (only is None or mode in only)]
 
 
 def measure(
@@ -246,13 +178,23 @@ def measure(
             else partial(runtime.steered, steering)
         )
         reset_peak(device)
-        times = paired(encode, encode, on, args.rounds, clock, late)
+        times = paired(encode, encode, on, args.rounds, clock, late, ROW_SECONDS)
         encoder = ratio_of(*times)
         whole = ratio_of(*paired(everything, everything, on, max(1, args.rounds // 2), clock, late))
         yield Row(
             name, mode, m, batch, shape, encoder.median, whole.median, peak_mb(device), encoder.low,
             encoder.high, encoder.seconds, whole.seconds / (batch * WINDOW_SECONDS), len(times[0]),
         )  # fmt: skip
+
+
+def alpha_change(runtime: Any, name: str, shape: str, rounds: int, clock: Callable[[], float]) -> Row:
+    """What a new alpha of a Shift costs in faster-whisper, at the next window."""
+    from benchmarks.latency_runtimes import dimensions, steering_for
+
+    seconds = statistics.median(
+        runtime.alpha_changes(steering_for("shift_baked", None, dimensions(shape)), rounds, clock)
+    )
+    return Row(name, "alpha_change", None, 1, shape, None, None, None, None, None, seconds, None, rounds)
 
 
 def nonspeech(rounds: int, device: str, clock: Callable[[], float] = time.perf_counter) -> Row:
@@ -312,7 +254,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         if made != (name, shape):
             runtime = None  # let go of the last model first
             runtime, made = MAKERS[name](random_model(shape), args.device), (name, shape)
-        modes = modes_of(name, args.quick and (shape != "tiny" or batch > 1))
+        if name == "faster" and batch == 1:
+            rows.append(alpha_change(runtime, name, shape, args.rounds, CLOCKS[args.clock]))
+        brief = (*SHORT_MODES, *(EARLY_MODES if batch == 1 else ()))
+        modes = modes_of(name, brief if args.quick and (shape != "tiny" or batch > 1) else None)
         for done, row in enumerate(measure(runtime, name, shape, batch, modes, args, late), 1):
             rows.append(row)
             if late() and done < len(modes):

@@ -20,7 +20,7 @@ from whisper.decoding import DecodingOptions
 from whisper.model import ModelDimensions, Whisper
 
 from whisper_steer.attach import steer
-from whisper_steer.edits import LatentEdit, Shift
+from whisper_steer.edits import LatentEdit, MeanAblation, Shift
 from whisper_steer.errors import ModelError, UsageError
 from whisper_steer.gate import Gate
 from whisper_steer.probe import Probe
@@ -77,7 +77,8 @@ def sound(batch: int, seed: int = 0) -> Tensor:
 
 def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0) -> Steering:
     """A random steering of the last block, like the papers'; its gate withholds nothing and opens for about
-    half of the frames."""
+    half of the frames. early_speech, early_gap: a gate on the first and last block, silence at the first; in
+    the former, the gate opens nowhere."""
     width, layer = dims.n_audio_state, dims.n_audio_layer - 1
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,12 +98,22 @@ def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0)
     count = m or 100
     if mode == "latents":
         return Steering((latents(count),))
-    coef = torch.randn(count, generator=generator)
-    probe = Probe(
-        layer, "latents", coef - coef.mean(), rows(count), torch.zeros(count),
-        torch.full((count,), _ACTIVE), torch.ones(count),
-    )  # fmt: skip
-    gate = Gate((probe,), 0.0, _SMOOTH, threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=0.0)
+
+    def probe(at: int, size: int) -> Probe:
+        coef = torch.randn(size, generator=generator)
+        return Probe(
+            at, "latents", coef - coef.mean(), rows(size), torch.zeros(size),
+            torch.full((size,), _ACTIVE), torch.ones(size),
+        )  # fmt: skip
+
+    def gated(*probes: Probe, bias: float = 0.0) -> Gate:
+        return Gate(probes, 0.0, _SMOOTH, threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=bias)
+
+    if mode.startswith("early"):
+        silence = MeanAblation(0, torch.randn(dims.n_audio_ctx, width, generator=generator))
+        probes = probe(0, count // 2), probe(layer, count - count // 2)
+        return Steering((silence,), gated(*probes, bias=1e9 if mode == "early_speech" else 0.0))
+    gate = gated(probe(layer, count))
     return Steering(() if mode == "gate" else (latents(count),), gate)
 
 
@@ -212,6 +223,21 @@ class FasterRuntime:
             yield
         finally:
             self.model = plain
+
+    def alpha_changes(self, steering: Steering, rounds: int, clock: Callable[[], float]) -> list[float]:
+        """Seconds from a new alpha to the end of the next window, which is as short as can be (20 ms)."""
+        from whisper_steer.faster import WhisperModel
+
+        self.worn = None
+        model, seconds = WhisperModel(self.path, alpha=1.0, steering=steering, **self.options), []
+        features = self.openai.features(sound(1))[..., :2].numpy()
+        model.encode(features)
+        for number in range(rounds):
+            start = clock()
+            model.alpha = 0.5 + number / rounds
+            model.encode(features)
+            seconds.append(clock() - start)
+        return seconds
 
     def baked(self, shift: Shift) -> Any:
         # a constant shift is always put into the weights here, never in a hook

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_DIMS, make_tiny_whisper
+from faster_models import CPU, mini_ct2
 from steering_files import brief_whisper
 
 from benchmarks import latency, latency_runtimes
-from benchmarks.latency import Ratio, Row, modes_of, paired, ratio_of, settings, table, verdict
+from benchmarks.latency import Row, modes_of, settings, table, verdict
+from benchmarks.latency_timing import Ratio, paired, ratio_of
 from whisper_steer.errors import UsageError
+from whisper_steer.zoo import load_model
 
 ROW = Row("openai", "shift_hook", None, 1, "small", 1.004, 1.002, 900.0, 0.99, 1.01, 2.0, 0.1, 5)
 
@@ -22,8 +25,15 @@ ROW = Row("openai", "shift_hook", None, 1, "small", 1.004, 1.002, 900.0, 0.99, 1
 def test_ratio_is_the_median_of_the_rounds_own_ratios():
     """A slow round slows both: its quotient is as good as any. By hand: 1.1, 1.2, 1.3, 1.0, 1.4."""
     plain, steered = [1.0, 10.0, 1.0, 2.0, 1.0], [1.1, 12.0, 1.3, 2.0, 1.4]
-    assert ratio_of(plain, steered) == Ratio(*map(pytest.approx, (1.2, 1.1, 1.3, 1.4)))
+    assert ratio_of(plain, steered) == Ratio(*map(pytest.approx, (1.2, 1.0, 1.4, 1.4)))
     assert ratio_of([2.0], [3.0]) == Ratio(1.5, 1.5, 1.5, 3.0)
+
+
+def test_the_interval_is_that_of_the_sign_test():
+    """From tables: of 8 values none may be left out on a side, of 9 one, of 25 seven."""
+    for count, outside in [(2, 0), (5, 0), (8, 0), (9, 1), (25, 7)]:
+        found = ratio_of([1.0] * count, [float(number) for number in range(1, count + 1)])
+        assert (found.low, found.high) == (1 + outside, count - outside)
 
 
 def test_ratio_needs_pairs():
@@ -44,8 +54,17 @@ def test_rounds_alternate_and_the_first_is_not_counted():
     plain, steered = paired(
         lambda: done.append("plain"), lambda: done.append("steered"), steering, 2, lambda: float(next(ticks))
     )
-    assert done == ["plain", "on", "steered", "off"] * 3
+    turns = [["plain", "on", "steered", "off"], ["on", "steered", "off", "plain"]]
+    assert done == turns[0] + turns[1] + turns[0]
     assert (plain, steered) == ([1.0, 1.0], [1.0, 1.0])
+
+
+def test_short_work_is_repeated_until_it_has_taken_its_time():
+    ticks = iter(range(1000))
+    times = paired(lambda: None, lambda: None, nullcontext, 2, lambda: float(next(ticks)), seconds=4.5)
+    assert times == ([1.0] * 5, [1.0] * 5)
+    still = paired(lambda: None, lambda: None, nullcontext, 2, lambda: 0.0, seconds=4.5)
+    assert len(still[0]) == len(still[1]) == 50
 
 
 def test_a_late_round_is_the_last_but_one_is_always_counted():
@@ -74,6 +93,10 @@ def test_a_late_round_is_the_last_but_one_is_always_counted():
         ({"mode": "reconstruction"}, "cuda", ""),
         ({"mode": "reconstruction", "shape": "tiny"}, "cpu", ""),
         ({"mode": "nonspeech", "encoder_ratio": None}, "cpu", ""),
+        ({"mode": "early_gap"}, "cpu", ""),
+        ({"mode": "alpha_change", "encoder_seconds": 0.7}, "cpu", "0.70 s, < 1 s: yes"),
+        ({"mode": "alpha_change", "encoder_seconds": 1.3}, "cpu", "1.30 s, < 1 s: no"),
+        ({"mode": "alpha_change", "encoder_seconds": 1.3, "shape": "base"}, "cpu", "1.30 s"),
     ],
 )
 def test_verdicts(changes, device, expected):
@@ -83,7 +106,7 @@ def test_verdicts(changes, device, expected):
 def test_table_is_aligned():
     unmeasured = replace(ROW, mode="nonspeech", encoder_ratio=None, encoder_low=None)
     lines = table([ROW, unmeasured], "cpu").splitlines()
-    assert lines[0].split() == "runtime shape batch mode m encoder quartiles end to end RTF MB target".split()
+    assert lines[0].split() == "runtime shape batch mode m encoder interval end to end RTF MB target".split()
     assert lines[1].index("1.004") == lines[0].index("encoder")
     assert "0.990-1.010" in lines[1] and "0.990" not in lines[2]
 
@@ -106,18 +129,33 @@ def test_every_mode_changes_what_it_should(mode, m):
     steering = latency_runtimes.steering_for(mode, m, dims)
     steering.check(brief_whisper())
     x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(1)) * 3
-    after = steering.edit(x, dims.n_audio_layer - 1, 1.0)
+    early = mode.startswith("early")
+    assert steering.early_layers == ((0,) if early else ())
+    after = steering.edit(x, 0 if early else dims.n_audio_layer - 1, 1.0)
     assert torch.equal(after, x) == (mode == "gate")
-    assert (steering.gate is not None) == ("gate" in mode)
+    assert (steering.gate is not None) == ("gate" in mode or early)
     if mode == "reconstruction":
         assert steering.edits[0].W_enc.shape == (512, 64)
-    if m is not None and steering.edits:
+    if m is not None and steering.edits and not early:
         assert steering.edits[0].W_enc.shape == (m, 64)
     if steering.gate is not None:
         gate = steering.gate
-        assert gate.probes[0].coef.shape == (m,) and gate.window_threshold(1.0) == 1e9
-        opened = (gate.frame_gate(gate.frame_logits(x)) > 0.5).float().mean()
-        assert 0 < float(opened) < 1
+        assert sum(len(probe.coef) for probe in gate.probes) == m and gate.window_threshold(1.0) == 1e9
+        opened = (gate.frame_gate(gate.frame_logits(dict.fromkeys(gate.layers, x))) > 0).float().mean()
+        assert float(opened) == 0 if mode == "early_speech" else 0 < float(opened)
+
+
+@pytest.mark.parametrize("mode", latency.EARLY_MODES)
+def test_blocks_run_again_only_where_the_gate_opens(mode):
+    model = brief_whisper()
+    calls: list[int] = []
+    for number, block in enumerate(model.encoder.blocks):
+        block.register_forward_hook(lambda *call, number=number: calls.append(number))
+    runtime = latency_runtimes.OpenAIRuntime(model, "cpu")
+    with runtime.steered(latency_runtimes.steering_for(mode, 100, model.dims)):
+        runtime.encode(runtime.features(latency_runtimes.sound(1)))
+    once = list(range(len(model.encoder.blocks)))
+    assert calls == once + (once[1:] if mode == "early_gap" else [])
 
 
 def test_settings_quick_and_full():
@@ -137,10 +175,10 @@ def test_settings_quick_and_full():
 
 
 def test_modes_by_runtime():
-    assert modes_of("openai", False) == modes_of("transformers", False) == list(latency.MODES)
-    assert ("shift_hook", None) not in modes_of("faster", False)
-    assert modes_of("whisper.cpp", False) == [("shift_baked", None)]
-    assert [mode for mode, _ in modes_of("faster", True)] == [
+    assert modes_of("openai") == modes_of("transformers") == list(latency.MODES)
+    assert ("shift_hook", None) not in modes_of("faster")
+    assert modes_of("whisper.cpp") == [("shift_baked", None)]
+    assert [mode for mode, _ in modes_of("faster", latency.SHORT_MODES)] == [
         "shift_baked",
         "gated_latents",
         "reconstruction",
@@ -182,6 +220,7 @@ def test_a_run_over_a_tiny_model(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     arguments = ["--shapes", "tiny", "--batches", "1", "--rounds", "1", "--runtimes", "openai"]
     arguments += ["--clock", "cpu"]
+    monkeypatch.setattr(latency, "ROW_SECONDS", 0.0)
     assert latency.main([*arguments, "--json", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [(row["mode"], row["m"]) for row in rows] == [*latency.MODES, ("nonspeech", None)]
@@ -201,6 +240,19 @@ def test_baking_leaves_the_very_weights():
     with runtime.baked(steering.edits[0]):
         assert torch.allclose(runtime.encode(features), hooked, atol=1e-5)
     assert torch.equal(bias, before)
+
+
+def test_a_change_of_alpha_is_timed(monkeypatch):
+    pytest.importorskip("faster_whisper", reason="pip install 'whisper-steer[faster]'")
+    monkeypatch.setattr(
+        latency_runtimes, "dimensions", lambda shape: load_model("mini.en", device="cpu").dims
+    )
+    runtime = object.__new__(latency_runtimes.FasterRuntime)  # else it would convert a model of its own
+    runtime.openai, runtime.path = latency_runtimes.OpenAIRuntime(make_tiny_whisper(), "cpu"), str(mini_ct2())
+    runtime.options = CPU
+    ticks = iter(range(100))
+    row = latency.alpha_change(runtime, "faster", "tiny", 3, lambda: float(next(ticks) ** 2))
+    assert (row.mode, row.encoder_seconds, row.rounds) == ("alpha_change", 5.0, 3)  # of 1, 5, 9
 
 
 @pytest.mark.parametrize("vocabulary", [51864, 51865])
