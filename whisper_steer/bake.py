@@ -10,8 +10,6 @@ added, and the bytes that restore the original.
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import os
 import shutil
@@ -22,10 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bake_files import fitting, format_of, splices_of
+from .bake_record import (
+    RECORD_FILE,
+    RECORD_SUFFIX,
+    packed,
+    read_records,
+    record_path,
+    renamed,
+    unpacked,
+    write_record,
+)
 from .convert import FORMATS, check_dtype, convert, default_path, refuse_existing, write_new
 from .errors import FormatError, UsageError
-from .fileformat import write_atomically
-from .splices import Splice, inverse, patch_file
+from .splices import inverse, patch_file
 from .zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -36,10 +43,6 @@ if TYPE_CHECKING:
     from .steering import Steering
 
 logger = logging.getLogger("whisper_steer")
-
-RECORD_FILE = "whisper_steer_baked.json"  # in a folder
-RECORD_SUFFIX = ".baked.json"  # beside a file
-RECORD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def bake(
         return _bake_converted(model, alpha, profile, format, out, steering, dtype, download_root)
     if dtype is not None:
         raise UsageError(f"{source} is patched as it is and keeps its types: leave --dtype out")
-    records = _records(source)
+    records = read_records(source)
     if records and not again:
         raise UsageError(
             f"{source} is baked already (alpha {records[-1]['alpha']:g} of {records[-1]['steering']}): "
@@ -141,10 +144,10 @@ def unbake(path: str | Path, out: str | Path | None = None) -> Path:
     or `out` exists), FormatError (the files are not those that were baked).
     """
     source = Path(path).expanduser()
-    records = _records(source)
+    records = read_records(source)
     if not records:
         raise UsageError(
-            f"{source} has no record of baking ({_record_path(source).name}): it cannot be restored"
+            f"{source} has no record of baking ({record_path(source).name}): it cannot be restored"
         )
     target = source if out is None else Path(out)
     if out is not None:
@@ -154,11 +157,11 @@ def unbake(path: str | Path, out: str | Path | None = None) -> Path:
         for record in reversed(records):
             for name, change in record["files"].items():
                 current = Path(work) / name if name in restored else _inside(source, name)
-                applied = patch_file(current, Path(work) / name, _splices(change["restore"]))
+                applied = patch_file(current, Path(work) / name, unpacked(change["restore"]))
                 if applied.sha256_before != change["sha256_after"]:
                     raise FormatError(f"{current} was changed after it was baked: it cannot be restored")
                 if applied.sha256_after != change["sha256_before"]:
-                    raise FormatError(f"{_record_path(source)} is damaged: the original would not come back")
+                    raise FormatError(f"{record_path(source)} is damaged: the original would not come back")
                 restored[name] = True
         _put_back(source, target, Path(work), list(restored))
     return target
@@ -169,7 +172,7 @@ def _put_back(source: Path, target: Path, work: Path, names: Sequence[str]) -> N
     if target == source:
         for name in names:
             os.replace(work / name, _inside(source, name))
-        _record_path(source).unlink()
+        record_path(source).unlink()
     elif source.is_dir():
         write_new(target, lambda folder: _copy_folder(source, folder, {name: work / name for name in names}))
     else:
@@ -254,7 +257,7 @@ def _write(
         record["files"][file if source.is_dir() else target.name] = {
             "sha256_before": applied.sha256_before,
             "sha256_after": applied.sha256_after,
-            "restore": [_packed(splice) for splice in inverse(changes[file])],
+            "restore": [packed(splice) for splice in inverse(changes[file])],
         }
 
     def write_folder(folder: Path) -> None:
@@ -262,17 +265,15 @@ def _write(
         for file in patched:
             patch(file, folder / file)
         _copy_folder(source, folder, {}, skip=patched)
-        _write_record(folder / RECORD_FILE, [*records, record])
+        write_record(folder / RECORD_FILE, [*records, record])
 
     def write_file(file: Path) -> None:
         patch(patched[0], file)
         # first the record: a record without its file harms nobody, a baked file without one looks plain
-        _write_record(
-            target.with_name(target.name + RECORD_SUFFIX), [*_renamed(records, target.name), record]
-        )
+        write_record(target.with_name(target.name + RECORD_SUFFIX), [*renamed(records, target.name), record])
 
     write_new(target, write_folder if source.is_dir() else write_file)
-    where = _record_path(target)
+    where = record_path(target)
     return Baked(target, where, format, alpha, name, tuple(sorted(additions)), patched, verified)
 
 
@@ -299,62 +300,6 @@ def _inside(source: Path, name: str) -> Path:
     if Path(name).name != name:
         raise FormatError(f"{name!r} in the record of {source} is not a plain file name")
     return source / name if source.is_dir() else source
-
-
-# ---------- the record
-
-
-def _record_path(path: Path) -> Path:
-    return path / RECORD_FILE if path.is_dir() else path.with_name(path.name + RECORD_SUFFIX)
-
-
-def _write_record(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    from .fileformat import package_version
-
-    whole = {
-        "kind": "baked",
-        "record_version": RECORD_VERSION,
-        "package_version": package_version(),
-        "baked": list(records),
-    }
-    write_atomically(path, [json.dumps(whole, indent=1).encode() + b"\n"])
-
-
-def _records(source: Path) -> list[dict[str, Any]]:
-    """What was baked into a file or folder, first to last; empty if nothing was."""
-    path = _record_path(source)
-    if not path.is_file():
-        return []
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole["record_version"] > RECORD_VERSION:
-            raise FormatError(f"{path} was written by a newer whisper-steer: upgrade whisper-steer")
-        records = list(whole["baked"])
-        for record in records:
-            for change in record["files"].values():
-                _splices(change["restore"])
-                str(change["sha256_before"] + change["sha256_after"])
-            float(record["alpha"]), str(record["steering"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is not a readable record of baking ({error})") from error
-    return records
-
-
-def _renamed(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Records of a single file under its new name."""
-    return [{**record, "files": {name: next(iter(record["files"].values()))}} for record in records]
-
-
-def _packed(splice: Splice) -> dict[str, Any]:
-    old, new = (base64.b64encode(data).decode() for data in (splice.old, splice.new))
-    return {"offset": splice.offset, "old": old, "new": new}
-
-
-def _splices(items: Sequence[Mapping[str, Any]]) -> list[Splice]:
-    return [
-        Splice(int(item["offset"]), base64.b64decode(item["old"]), base64.b64decode(item["new"]))
-        for item in items
-    ]
 
 
 # ---------- whose steering it is

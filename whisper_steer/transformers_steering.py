@@ -30,6 +30,7 @@ from .passing import edited_stretches
 from .registry import Registry, Verdict, verdicts_of
 from .transformers_model import vocabulary
 from .transformers_pipeline import PipelineWatch
+from .transformers_windows import no_speech_prob, not_decoded, only_rows, silenced, sounding_frames
 from .withholding import Stretch, active_collector
 
 FRAME_SECONDS = 0.01  # a mel frame
@@ -180,7 +181,7 @@ class TransformersRegistry(Registry):
             for name in ("return_dict_in_generate", "force_unique_generate_call")
         )
         outer = getattr(self._local, "call", None)
-        self._local.call = _Call(_sounding_frames(given), whole, given.get("prompt_ids") is not None)
+        self._local.call = _Call(sounding_frames(given), whole, given.get("prompt_ids") is not None)
         try:
             return original(*args, **kwargs)
         finally:
@@ -238,7 +239,7 @@ class TransformersRegistry(Registry):
         rows = [i for i, v in enumerate(verdicts) if v is None or v.decode]
         windows.verdicts = [verdicts[row] for row in rows]
         windows.count = len(rows)
-        chosen = _only(arguments, rows)
+        chosen = only_rows(arguments, rows)
         # with several temperatures transformers would not narrow this down to the windows it repeats, and
         # beams would multiply it at each
         once = len(arguments["temperatures"]) == 1
@@ -254,7 +255,7 @@ class TransformersRegistry(Registry):
         prompts, places = arguments["decoder_input_ids"], {row: place for place, row in enumerate(rows)}
         return (
             [sequences[places[i]] if i in places else prompts[i, :0] for i in range(count)],
-            [outputs[places[i]] if i in places else _not_decoded(prompts[i], config) for i in range(count)],
+            [outputs[places[i]] if i in places else not_decoded(prompts[i], config) for i in range(count)],
             [bool(skip[places[i]]) if i in places else False for i in range(count)],
             [
                 condition[places[i]] if i in places else arguments["do_condition_on_prev_tokens"][i]
@@ -275,7 +276,7 @@ class TransformersRegistry(Registry):
             processors = None if spared else arguments.get("logits_processor")  # not of an earlier window
             record = verdict.record(
                 None if spared else self._text(sequences[row]),
-                _no_speech_prob(processors, row, windows.count),
+                no_speech_prob(processors, row, windows.count),
                 windows.avg_logprobs.get(row),
                 self._times(arguments, row),
             )
@@ -285,7 +286,7 @@ class TransformersRegistry(Registry):
             else:
                 collector.records.append(record)
             sequences[row] = self._nothing(sequences[row], arguments)
-            outputs[row] = _silenced(outputs[row], prompt_length, arguments["generation_config"])
+            outputs[row] = silenced(outputs[row], prompt_length, arguments["generation_config"])
             skip[row] = False  # an empty segment; without one, transformers' batches and word times fail
             # the next window is not told of "previous words" where there are none
             spoke = call.prompted or arguments["batch_idx_map"][row] in call.spoken
@@ -350,52 +351,3 @@ class TransformersRegistry(Registry):
             yield self._local.windows
         finally:
             self._local.windows = None
-
-
-def _sounding_frames(given: Mapping[str, Any]) -> list[int] | None:
-    """Mel frames with sound per audio: by the attention mask, else all; None where even that is padding."""
-    mask, features = given.get("attention_mask"), given.get("input_features")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return [int(total) for total in mask.sum(-1).tolist()]
-    return [features.shape[-1]] * len(features) if isinstance(features, Tensor) else None
-
-
-def _only(arguments: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The arguments of `generate_with_fallback` for some of the windows."""
-    kwargs = dict(arguments["kwargs"])
-    if kwargs.get("decoder_attention_mask") is not None:
-        kwargs["decoder_attention_mask"] = kwargs["decoder_attention_mask"][rows]
-    listed = ("batch_idx_map", "do_condition_on_prev_tokens")
-    return {
-        **arguments,
-        "cur_bsz": len(rows),
-        "segment_input": arguments["segment_input"][rows],
-        "decoder_input_ids": arguments["decoder_input_ids"][rows],
-        "kwargs": kwargs,
-        **{name: [arguments[name][row] for row in rows] for name in listed},
-    }
-
-
-def _not_decoded(prompt: Tensor, config: Any) -> Any:
-    """Stands for the output of a window that the decoder never saw: its prompt, nothing behind it."""
-    if not getattr(config, "return_dict_in_generate", False):
-        return prompt
-    return {"sequences": prompt.cpu(), "token_timestamps": torch.zeros(len(prompt))}
-
-
-def _silenced(output: Any, prompt_length: int, config: Any) -> Any:
-    """The window's output with its tokens gone: the end of text right behind the prompt, then padding."""
-    if isinstance(output, Mapping):
-        return {**output, "sequences": _silenced(output["sequences"], prompt_length, config)}
-    ends = config.eos_token_id
-    end = int(ends[0] if isinstance(ends, (list, tuple)) else ends)
-    silent = output.clone()
-    silent[prompt_length:] = end if config.pad_token_id is None else int(config.pad_token_id)
-    silent[prompt_length : prompt_length + 1] = end
-    return silent
-
-
-def _no_speech_prob(processors: Any, row: int, count: int) -> float | None:
-    """What transformers' own detector says of this window; it runs only if no_speech_threshold is given."""
-    found = [p.no_speech_prob for p in processors or () if hasattr(p, "no_speech_prob")]
-    return float(found[0][row]) if found and len(found[0]) == count else None

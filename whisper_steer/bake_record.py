@@ -1,0 +1,74 @@
+"""The record beside what was baked (JSON): what was added, and the bytes that restore the original."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import FormatError
+from .fileformat import write_atomically
+from .splices import Splice
+
+RECORD_FILE = "whisper_steer_baked.json"  # in a folder
+RECORD_SUFFIX = ".baked.json"  # beside a file
+RECORD_VERSION = 1
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of a baked file or folder lies."""
+    return path / RECORD_FILE if path.is_dir() else path.with_name(path.name + RECORD_SUFFIX)
+
+
+def write_record(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """All that was baked, first to last. Raises FormatError if it cannot be written."""
+    from .fileformat import package_version
+
+    whole = {
+        "kind": "baked",
+        "record_version": RECORD_VERSION,
+        "package_version": package_version(),
+        "baked": list(records),
+    }
+    write_atomically(path, [json.dumps(whole, indent=1).encode() + b"\n"])
+
+
+def read_records(source: Path) -> list[dict[str, Any]]:
+    """What was baked into a file or folder, first to last; empty if nothing was."""
+    path = record_path(source)
+    if not path.is_file():
+        return []
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["record_version"] > RECORD_VERSION:
+            raise FormatError(f"{path} was written by a newer whisper-steer: upgrade whisper-steer")
+        records = list(whole["baked"])
+        for record in records:
+            for change in record["files"].values():
+                unpacked(change["restore"])
+                str(change["sha256_before"] + change["sha256_after"])
+            float(record["alpha"]), str(record["steering"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not a readable record of baking ({error})") from error
+    return records
+
+
+def renamed(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Records of a single file under its new name."""
+    return [{**record, "files": {name: next(iter(record["files"].values()))}} for record in records]
+
+
+def packed(splice: Splice) -> dict[str, Any]:
+    """A splice as JSON holds it."""
+    old, new = (base64.b64encode(data).decode() for data in (splice.old, splice.new))
+    return {"offset": splice.offset, "old": old, "new": new}
+
+
+def unpacked(items: Sequence[Mapping[str, Any]]) -> list[Splice]:
+    """The splices that `packed` made. Raises KeyError, TypeError, ValueError for anything else."""
+    return [
+        Splice(int(item["offset"]), base64.b64decode(item["old"]), base64.b64decode(item["new"]))
+        for item in items
+    ]
