@@ -11,7 +11,8 @@ what the bundled steering has: a gate on the first and last block, silence (Mean
 early_speech: the gate stays shut, as in a window full of speech; early_gap: it opens for about half of the
 frames, so that the blocks behind the edit run a second time. A ratio is the median over rounds of steered /
 plain, which take turns; encoder_low and encoder_high: the 95 % interval of that median (lowest and highest of
-fewer than nine rounds). Where a round is short there are more of them, until they take 3 s. Models have
+fewer than nine rounds). Where a round is short there are more of them, until they take 3 s
+(1 s with --quick). Models have
 random weights (see latency_runtimes). faster-whisper bakes every shift; whisper.cpp can do nothing else, one
 window at a time. alpha_change (faster-whisper): the encoder_seconds that a new alpha of a Shift costs at the
 next window. The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need not be
@@ -68,7 +69,7 @@ ALPHA_CHANGE_SECONDS = 1.0  # highest allowed, at small's shape
 # --quick measures these alone in batches, and with the early ones at small's shape: a round is long there
 SHORT_MODES = ("shift_baked", "shift_hook", "gated_latents", "reconstruction")
 EARLY_MODES = ("early_speech", "early_gap")
-ROW_SECONDS = 3.0
+ROW_SECONDS, QUICK_ROW_SECONDS = 3.0, 1.0
 QUICK_SECONDS = 510.0  # then settings are left out, and named
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _PACKAGES = {
@@ -170,6 +171,7 @@ def measure(
         return runtime.decode(runtime.encode(runtime.features(audio)))
 
     clock, device = CLOCKS[args.clock], args.device
+    seconds = QUICK_ROW_SECONDS if args.quick else ROW_SECONDS
     for mode, m in modes:
         steering = steering_for(mode, m, dimensions(shape))
         on = (
@@ -178,7 +180,7 @@ def measure(
             else partial(runtime.steered, steering)
         )
         reset_peak(device)
-        times = paired(encode, encode, on, args.rounds, clock, late, ROW_SECONDS)
+        times = paired(encode, encode, on, args.rounds, clock, late, seconds)
         encoder = ratio_of(*times)
         whole = ratio_of(*paired(everything, everything, on, max(1, args.rounds // 2), clock, late))
         yield Row(
