@@ -101,7 +101,8 @@ def check(case, impl, dtype=torch.float32, device="cpu", k=5):
     """Encode, decode, edit and both gradients of `impl` against the reference in float64."""
     case = case.to(dtype).to(torch.float64)  # what the implementation sees, exactly
     given, most = case.to(dtype, device), TOLERANCE[dtype]
-    close = min(most, 1e-6) if dtype != torch.float64 else most  # codes are float32 whatever comes in
+    # codes are float32 whatever comes in; a GPU's tensor cores add products of halves up less exactly
+    close = most if dtype == torch.float64 or device != "cpu" else min(most, 1e-6)
 
     codes = kernels.encode(given.x, given.W_enc, given.b_enc, theta=given.theta, impl=impl)
     expected, unsure = dense_codes(case)
