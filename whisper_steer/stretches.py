@@ -109,7 +109,7 @@ def speech_stretches(speech: NDArray[np.floating], options: GateVad) -> list[Fra
 def gaps(stretches: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:
     """What lies between ascending stretches, from 0 to `end`."""
     found = []
-    reached: float = 0
+    reached = 0.0
     for first, last in [*stretches, (end, end)]:
         if first > reached:
             found.append((reached, first))
