@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..steering import Steering
     from ..stretches import GateVad
+    from .asked import Asked
 
 Progress = Callable[[float, float], None]
 """Called with (seconds of audio done, seconds in all) while a backend works."""
@@ -67,23 +68,15 @@ def make_backend(
     from .asked import Asked
 
     asked = Asked(alpha, profile, steering, decode_withheld)
-    if vad is not None:
-        from .stretched import StretchedBackend, check_vad
+    inner = _backend(name, model, asked, threads, device=device, download_root=download_root)
+    if vad is None:
+        return inner
+    from .stretched import StretchedBackend, check_vad
 
-        parameters = check_vad(vad)
-        inner = make_backend(
-            name,
-            model,
-            alpha=alpha,
-            profile=profile,
-            steering=steering,
-            decode_withheld=decode_withheld,
-            device=device,
-            download_root=download_root,
-            threads=threads,
-        )
-        return StretchedBackend(inner, name, model, asked, parameters)
-    given: dict[str, Any] = {"device": device, "download_root": download_root}
+    return StretchedBackend(inner, name, model, asked, check_vad(vad))
+
+
+def _backend(name: str, model: Any, asked: Asked, threads: int, **given: Any) -> Backend:
     if name == "openai":
         from .openai import OpenAIBackend
 
