@@ -168,8 +168,9 @@ def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
     scores = {}
     for clip, _ in (pair for group in sets.values() for pair in group):
         mels = window_mels(clip.load(), setup.model.dims.n_mels)
-        streams = encode_windows(setup.model, mels, gate.layers).cpu()
-        logits = gate.window_logit(gate.frame_logits(dict(zip(gate.layers, streams, strict=True))))
+        encoded = encode_windows(setup.model, mels, gate.layers).cpu()
+        streams = dict(zip(gate.layers, encoded, strict=True))
+        logits = gate.window_logit(gate.frame_logits(streams), streams)
         scores[clip.id] = float(torch.sigmoid(logits.min()))
     return scores
 

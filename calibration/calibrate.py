@@ -109,7 +109,9 @@ def calibrate(
     )
     with_latents = any(gate.kind == "latents" for gate in fit.gates.values())
     kind = settings.gate_kind or ("latents" if with_latents else "raw")
-    choice, logits = find_gate(calibration, kind, progress=progress)
+    choice, logits = find_gate(
+        calibration, kind, training=splits.training, cache=work / "windows.npz", progress=progress
+    )
     chosen = find_winner(calibration, choice, logits, progress=progress)
     steering = finish(calibration, chosen, out.stem, progress=progress)
     test = measure_test(model, splits.test, steering, cache, progress=progress)
@@ -199,7 +201,7 @@ def _notes(choice: GateChoice, with_latents: bool) -> tuple[str, ...]:
         return (WITHOUT_SAES,)
     best: dict[str, Mapping[str, Any]] = {}
     for row in choice.table:
-        if row.get("refitted"):
+        if row.get("refitted") or "window_share" in row:
             continue
         key = str(row["kind"])
         if key not in best or float(row["text_fpr"]) < float(best[key]["text_fpr"]):

@@ -79,13 +79,18 @@ def bootstrap_ratio(
         raise ValueError(f"expected two vectors of one length, got shapes {top.shape} and {bottom.shape}")
     if len(top) == 0 or bottom.sum() == 0:
         return Rate(float("nan"), float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    # resampling clips with replacement = multinomial weights on clips
-    weights = rng.multinomial(len(top), np.full(len(top), 1.0 / len(top)), size=resamples)
+    weights = _resampled(len(top), seed, resamples)
     tops, bottoms = weights @ top, weights @ bottom
     valid = bottoms > 0
     lo, hi = np.quantile(tops[valid] / bottoms[valid], [(1 - level) / 2, (1 + level) / 2])
     return Rate(float(top.sum() / bottom.sum()), float(lo), float(hi))
+
+
+@lru_cache(maxsize=16)  # many rates are of the same clips
+def _resampled(count: int, seed: int, resamples: int) -> np.ndarray:
+    """(resamples, count): how often each clip is drawn; with replacement, so multinomial."""
+    shares = np.full(count, 1.0 / count)
+    return np.random.default_rng(seed).multinomial(count, shares, size=resamples).astype(np.float64)
 
 
 def bootstrap_share(events: Sequence[bool] | np.ndarray, *, seed: int = 0, resamples: int = 1000) -> Rate:
@@ -108,6 +113,7 @@ class WordErrors:
         return self.substitutions + self.deletions + self.insertions
 
 
+@lru_cache(maxsize=65536)
 def word_errors(reference: str, hypothesis: str) -> WordErrors | None:
     """Errors of one clip; None if the normalised reference is empty (nothing to be wrong about)."""
     truth, guess = normalise(reference), normalise(hypothesis)

@@ -281,18 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_saes(args.saes, model, parse_layers(args.layers))
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for _, clip in named(sets)], cache=args.labels)
-    training = training_clips(
-        args.corpus,
-        args.data_dir,
-        speech=args.clips,
-        nonspeech=args.clips * 3 // 4,
-        real=args.real,
-        seed=args.seed + 1,
-        telephone=True,
-    )
+    drawn = {
+        "speech": args.clips,
+        "nonspeech": args.clips * 3 // 4,
+        "real": args.real,
+        "seed": args.seed + 1,
+        "telephone": True,
+    }
+    training = training_clips(args.corpus, args.data_dir, **drawn)
     saes = {sae.layer: sae for sae in loaded}
     fitted = fit_parts(model, saes, training, sets, labels, seed=args.seed, causal=args.causal)
-    fitted.record["calibrated_on"] = describe(sets)
+    fitted.record.update(calibrated_on=describe(sets), training=drawn)
     write_fit(args.out, model, fitted)
     for name, recipe in fitted.recipes.items():
         if "balanced_accuracy" in recipe:

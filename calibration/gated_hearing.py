@@ -16,7 +16,7 @@ from tqdm import tqdm
 from calibration.activations import cut_window, encode_windows, padded_log_mel
 from calibration.decoding import ClipTranscript, iterate_transcripts, withhold
 from calibration.hearing import Calibration, Heard, compare
-from calibration.selection import CalibrationClip, smoothed
+from calibration.selection import CalibrationClip
 from whisper_steer.attach import steer
 from whisper_steer.fileformat import model_metadata
 from whisper_steer.steering import Edit, Gate, Steering
@@ -28,12 +28,11 @@ class GatedHearing:
     """Hears clips of a calibration under one gate.
 
     Args:
-        logits: (rows, 1500) unsmoothed frame logits of the table's rows.
+        window_logits: (rows,) of the table's rows.
     """
 
-    def __init__(self, calibration: Calibration, gate: Gate, logits: np.ndarray):
-        self.calibration, self.gate = calibration, gate
-        self.window_logits = smoothed(logits, gate.smooth).min(axis=1).astype(np.float64)
+    def __init__(self, calibration: Calibration, gate: Gate, window_logits: np.ndarray):
+        self.calibration, self.gate, self.window_logits = calibration, gate, window_logits
 
     def with_gate(self, gate: Gate) -> GatedHearing:
         """The same with another slope of the frame gate (not with another smoothing)."""
@@ -107,6 +106,6 @@ class GatedHearing:
             layers = list(self.gate.layers)
             streams = dict(zip(layers, encode_windows(model, mels, layers), strict=True))
             with torch.no_grad():
-                values = self.gate.window_logit(self.gate.frame_logits(streams))
+                values = self.gate.window_logit(self.gate.frame_logits(streams), streams)
             known |= dict(zip(missing, values.tolist(), strict=True))
         return [known[window.seek] for window in transcript.windows]

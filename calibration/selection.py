@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from calibration.decoding import ClipTranscript, withhold
-from calibration.evaluate import WordErrors, normalise, word_errors
+from calibration.evaluate import normalise, word_errors
 from calibration.gate_fit import SPEECH
 from whisper_steer.errors import UsageError
 from whisper_steer.gate import MIN_FRAME_GATE, Gate
@@ -93,12 +92,19 @@ class GateResult:
 
 @dataclass(frozen=True)
 class GateChoice:
-    """The gate with its smoothing and threshold set, where it came from, and what it does."""
+    """The gate with its smoothing and threshold set, where it came from, and what it does.
+
+    Attributes:
+        table: a row of everything that was tried. window_logits: (rows,) float64, what the choice rests on.
+        over_budgets: text-FPR, HR and nsp-FPR, each the mean over a range of budgets.
+    """
 
     name: str
     gate: Gate
     result: GateResult
     table: tuple[Mapping[str, float | str | int], ...]
+    window_logits: np.ndarray
+    over_budgets: tuple[float, ...]
 
 
 def smoothed(logits: np.ndarray, width: int) -> np.ndarray:
@@ -111,11 +117,6 @@ def smoothed(logits: np.ndarray, width: int) -> np.ndarray:
     return pooled.squeeze(1).numpy()
 
 
-@lru_cache(maxsize=65536)
-def _errors(reference: str, hypothesis: str) -> WordErrors | None:
-    return word_errors(reference, hypothesis)
-
-
 def _after(clip: CalibrationClip, window_logits: np.ndarray, threshold: float) -> ClipTranscript:
     withheld = [bool(window_logits[row] > threshold) for row in clip.rows]
     return withhold(clip.transcript, withheld) if any(withheld) else clip.transcript
@@ -125,8 +126,8 @@ def _is_lost(clip: CalibrationClip, after: ClipTranscript) -> bool:
     """Whether withholding took words that were right, or all of them."""
     if after.text == clip.transcript.text:
         return False
-    before_errors = _errors(clip.reference or "", clip.transcript.text)
-    after_errors = _errors(clip.reference or "", after.text)
+    before_errors = word_errors(clip.reference or "", clip.transcript.text)
+    after_errors = word_errors(clip.reference or "", after.text)
     worse = (
         before_errors is not None and after_errors is not None and after_errors.total > before_errors.total
     )
@@ -147,8 +148,8 @@ def evaluate_threshold(
             outcomes.append((bool(normalise(after.text)), after.nsp, after.hr))
             plain_text.append(bool(normalise(clip.transcript.text)))
             continue
-        counted = _errors(clip.reference or "", after.text)
-        plain = _errors(clip.reference or "", clip.transcript.text)
+        counted = word_errors(clip.reference or "", after.text)
+        plain = word_errors(clip.reference or "", clip.transcript.text)
         if counted is not None and plain is not None:
             words, errors, plain_errors = (
                 words + counted.words,
@@ -183,7 +184,7 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
     by_logit: dict[float, list[int]] = {}
     for number, clip in enumerate(speech):
         sizes[clip.set] = sizes.get(clip.set, 0) + 1
-        plain = _errors(clip.reference or "", clip.transcript.text)
+        plain = word_errors(clip.reference or "", clip.transcript.text)
         words[number] = plain.words if plain is not None else 0
         for row in clip.rows:
             by_logit.setdefault(float(window_logits[row]), []).append(number)
@@ -195,8 +196,8 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
         for number in by_logit[value]:
             clip = speech[number]
             after = _after(clip, window_logits, np.nextafter(value, -np.inf))
-            before_errors = _errors(clip.reference or "", clip.transcript.text)
-            after_errors = _errors(clip.reference or "", after.text)
+            before_errors = word_errors(clip.reference or "", clip.transcript.text)
+            after_errors = word_errors(clip.reference or "", after.text)
             if before_errors is not None and after_errors is not None:
                 # a fall elsewhere must not pay for words that are lost here, so falls do not count
                 rise[number] = max(after_errors.total - before_errors.total, 0)
@@ -230,6 +231,36 @@ def _upper_end(words: np.ndarray) -> Callable[[np.ndarray], float]:
     return upper_end
 
 
+def window_choice(
+    name: str, gate: Gate, window_logits: np.ndarray, clips: Sequence[CalibrationClip], budget: Budget
+) -> GateChoice:
+    """What the gate does at the lowest threshold within the budget, which is set; window_logits: (rows,)."""
+    window_logits = window_logits.astype(np.float64)
+    results = [
+        evaluate_threshold(clips, window_logits, lowest_threshold(clips, window_logits, budget.times(factor)))
+        for factor in _BUDGET_FACTORS
+    ]
+    result = results[_BUDGET_FACTORS.index(1.0)]
+    over_budgets = tuple(
+        float(np.mean([getattr(r, rate) for r in results])) for rate in ("text_fpr", "hr", "nsp_fpr")
+    )
+    row: dict[str, float | str | int] = {
+        "gate": name,
+        "layer": gate.layer,
+        "kind": gate.kind,
+        "features": gate.n_features,
+        "smooth": gate.smooth,
+        "threshold": result.threshold,
+        "text_fpr": result.text_fpr,
+        "hr": result.hr,
+        "nsp_fpr": result.nsp_fpr,
+        "wer_rise": result.wer - result.wer_plain,
+        "text_fpr_mean_over_budgets": over_budgets[0],
+    }
+    settled = replace(gate, threshold=result.threshold)
+    return GateChoice(name, settled, result, (row,), window_logits, over_budgets)
+
+
 def choose_gate(
     gates: Mapping[str, Gate],
     logits: Mapping[str, np.ndarray],
@@ -246,59 +277,25 @@ def choose_gate(
         eligible: names that may win; the others (controls) are only measured. None: all.
     """
     table: list[Mapping[str, float | str | int]] = []
-    best: tuple[tuple[float, ...], str, int, GateResult] | None = None
+    best: tuple[tuple[float, ...], GateChoice] | None = None
     for name, gate in gates.items():
         for width in smoothings:
-            window_logits = smoothed(logits[name], width).min(axis=1).astype(np.float64)
-            results = [
-                evaluate_threshold(
-                    clips, window_logits, lowest_threshold(clips, window_logits, budget.times(factor))
-                )
-                for factor in _BUDGET_FACTORS
-            ]
-            result = results[_BUDGET_FACTORS.index(1.0)]
-            table.append(
-                {
-                    "gate": name,
-                    "layer": gate.layer,
-                    "kind": gate.kind,
-                    "features": gate.n_features,
-                    "smooth": width,
-                    "threshold": result.threshold,
-                    "text_fpr": result.text_fpr,
-                    "hr": result.hr,
-                    "nsp_fpr": result.nsp_fpr,
-                    "wer_rise": result.wer - result.wer_plain,
-                    "text_fpr_mean_over_budgets": float(np.mean([r.text_fpr for r in results])),
-                }
-            )
-            score = tuple(
-                float(np.mean([getattr(r, rate) for r in results])) for rate in ("text_fpr", "hr", "nsp_fpr")
-            )
+            lowest = smoothed(logits[name], width).min(axis=1)
+            tried = window_choice(name, replace(gate, smooth=width), lowest, clips, budget)
+            table += tried.table
             # equal: earlier and smaller is better
-            score = (*score, float(gate.layer), float(gate.n_features))
+            score = (*tried.over_budgets, float(gate.layer), float(gate.n_features))
             if (eligible is None or name in eligible) and (best is None or score < best[0]):
-                best = (score, name, width, result)
+                best = (score, tried)
     if best is None:
         raise ValueError("no gate to choose from")
-    _, name, width, result = best
-    gate = replace(gates[name], smooth=width, threshold=result.threshold)
-    return GateChoice(name, gate, result, tuple(table))
+    return replace(best[1], table=tuple(table))
 
 
-def mean_text_fpr(
-    table: Sequence[Mapping[str, float | str | int]], name: str, refitted: bool = False
-) -> float:
-    """Lowest text-FPR over budgets of a gate's smoothings in a choice's table."""
-    rows = [row for row in table if row["gate"] == name and bool(row.get("refitted", 0)) == refitted]
-    return min(float(row["text_fpr_mean_over_budgets"]) for row in rows)
-
-
-def with_spread(gate: Gate, logits: np.ndarray, clips: Sequence[CalibrationClip]) -> Gate:
+def with_spread(gate: Gate, window_logits: np.ndarray, clips: Sequence[CalibrationClip]) -> Gate:
     """Set how the threshold rises towards small alphas: at alpha 0.25 about a quarter of the non-speech
-    windows that are withheld at alpha 1 still are.
+    windows that are withheld at alpha 1 still are. window_logits: (rows,).
     """
-    window_logits = smoothed(logits, gate.smooth).min(axis=1).astype(np.float64)
     withheld = [
         window_logits[row]
         for clip in clips

@@ -49,10 +49,11 @@ from calibration.selection import (
     CalibrationClip,
     GateChoice,
     choose_gate,
-    mean_text_fpr,
     with_frame_gate,
     with_spread,
 )
+from calibration.training_clips import TrainingClip, training_clips
+from calibration.window_fit import with_window_probes
 from whisper_steer.errors import UsageError
 from whisper_steer.fileformat import model_metadata
 from whisper_steer.steering import Steering
@@ -82,11 +83,19 @@ class Chosen:
 
 
 def find_gate(
-    calibration: Calibration, kind: str, *, refitted: bool = True, progress: bool = True
+    calibration: Calibration,
+    kind: str,
+    *,
+    training: Sequence[TrainingClip] = (),
+    refitted: bool = True,
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> tuple[GateChoice, np.ndarray]:
     """The gate, its smoothing, threshold, spread and frame scale; and the logits (rows, 1500) behind them.
 
     kind: which may win: "latents", "raw" or "any"; the others are measured as controls.
+    training: the clips that the gates were fitted on, for probes of the window as a whole; none: without
+        them. cache: file that keeps what they give.
     refitted: fit the winner again with the calibration clips; kept unless it does worse on clips that it was
         fitted without.
     """
@@ -110,14 +119,26 @@ def find_gate(
             seed=int(fit.record["seed"]),
             progress=progress,
         )
-        before, after = (
-            mean_text_fpr(choice.table, choice.name),
-            mean_text_fpr(again.table, choice.name, True),
-        )
+        before, after = choice.over_budgets[0], again.over_budgets[0]
         logger.info("refitted: text-FPR over budgets %.4f -> %.4f", before, after)
         if after <= before:
             choice, logits = again, out_of_fold
-    gate = with_spread(choice.gate, logits, calibration.clips)
+        else:
+            choice = replace(choice, table=again.table)
+    if training:
+        choice = with_window_probes(
+            calibration.model,
+            choice,
+            logits,
+            fit.table.targets,
+            calibration.clips,
+            calibration.sources,
+            training,
+            calibration.budget,
+            cache=cache,
+            progress=progress,
+        )
+    gate = with_spread(choice.gate, choice.window_logits, calibration.clips)
     return replace(choice, gate=with_frame_gate(gate, logits, fit.table.targets)), logits
 
 
@@ -148,7 +169,7 @@ def find_winner(
         raise UsageError(f"the fit has no edit {unknown[0]!r}: expected some of {', '.join(known)}")
     names = known if edits is None else list(edits)
     candidates = screen_edits(calibration, choice, names, logits, progress=progress)
-    hearing = GatedHearing(calibration, choice.gate, logits)
+    hearing = GatedHearing(calibration, choice.gate, choice.window_logits)
     speech = evenly(calibration.speech, calibration.effort.heard)
     passing = [clip for clip in calibration.nonspeech if hearing.passes(clip)]
     budget = calibration.budget.wer_rise
@@ -300,6 +321,18 @@ def finish(calibration: Calibration, chosen: Chosen, name: str, *, progress: boo
     return replace(chosen.steering, metadata=metadata)
 
 
+def _training(calibration: Calibration, corpus: Path | None, data_dir: Path | None) -> list[TrainingClip]:
+    """The clips that the fit's gates were fitted on; none without a corpus."""
+    if corpus is None:
+        return []
+    drawn = calibration.fit.record.get("training")
+    if drawn is None:
+        raise UsageError(
+            "the fit does not say which training clips it used: run python -m calibration.fit again"
+        )
+    return training_clips(corpus, data_dir, **drawn)
+
+
 def print_result(title: str, steering: Steering) -> None:
     """The table of one steering's rates."""
     rates = steering.metadata["rates"]
@@ -327,6 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--labels", type=Path, default=Path("out/labels.jsonl"), help="of calibration.hallucinations"
     )
     parser.add_argument("--data", dest="data_dir", type=Path, default=None, help="folder of real recordings")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=None,
+        help="the folder that calibration.fit was given: its clips teach the gate to read windows as a whole "
+        "(default: the gate goes by frames alone)",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("out/steering"), help="folder for the steering files"
     )
@@ -370,7 +410,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     written: list[tuple[Path, Steering]] = []
     if args.only != "audiosae":
-        choice, logits = find_gate(calibration, args.gate_kind, refitted=args.refitted)
+        training = _training(calibration, args.corpus, args.data_dir)
+        choice, logits = find_gate(
+            calibration,
+            args.gate_kind,
+            training=training,
+            refitted=args.refitted,
+            cache=args.fit / "whole_windows.npz",
+        )
         result = choice.result
         lost = ", ".join(f"{name} {share:.1%}" for name, share in result.lost.items())
         print(

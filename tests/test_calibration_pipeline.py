@@ -180,6 +180,18 @@ def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibrati
     assert not handles_of(model)
 
 
+def test_a_gate_learns_windows_from_the_training_clips(calibration, latent_gate, tmp_path):
+    training = [make_clip(kind, i) for kind in ("speech", "nonspeech") for i in range(8)]
+    cache = tmp_path / "windows.npz"
+    choice, _ = sweep.find_gate(
+        calibration, "latents", training=training, refitted=False, cache=cache, progress=False
+    )
+    tried = [row["window_share"] for row in choice.table if "window_share" in row]
+    assert tried == [1.0, 2.0, 0.5] and cache.is_file()
+    assert choice.over_budgets <= latent_gate[0].over_budgets
+    assert choice.result.text_fpr == 0.0 and choice.result.wer == 0.0
+
+
 def test_the_refitted_gate_is_judged_by_gates_that_have_not_seen_the_clip(setting, calibration, latent_gate):
     model, sets, _, _, fitted, _ = setting
     choice, logits = latent_gate
@@ -219,11 +231,11 @@ def test_groups_are_dealt_out_evenly_and_stay_together():
 
 def test_windows_are_withheld_by_the_logits_given(setting, calibration, latent_gate):
     choice, logits = latent_gate
-    hearing = GatedHearing(calibration, choice.gate, logits)
+    hearing = GatedHearing(calibration, choice.gate, choice.window_logits)
     plain = hearing.hear((), calibration.clips, "x", progress=False)
     assert all(plain.transcripts["tones", f"tones/{i}"].text == "" for i in range(10))
     assert plain.rise == 0.0 and plain.rise_hi == 0.0
-    never = GatedHearing(calibration, choice.gate, np.full_like(logits, -1e3))
+    never = GatedHearing(calibration, choice.gate, np.full_like(choice.window_logits, -1e3))
     heard = never.hear((), calibration.clips, "x", progress=False)
     for clip in calibration.clips:
         assert heard.transcripts[clip.set, clip.id] == clip.transcript

@@ -133,11 +133,11 @@ def test_spread_leaves_a_quarter_at_alpha_a_quarter():
     logits = np.concatenate([np.full((8, 3), -5.0), np.arange(1.0, 9.0)[:, None].repeat(3, 1)]).astype(
         np.float32
     )
-    spread = with_spread(replace(gate(), threshold=0.0), logits, clips)
+    spread = with_spread(replace(gate(), threshold=0.0), logits.min(axis=1), clips)
     limit = spread.window_threshold(0.25)
     assert (np.arange(1.0, 9.0) > limit).sum() == 2
     assert spread.window_threshold(1.0) == 0.0
-    nothing = with_spread(replace(gate(), threshold=99.0), logits, clips)
+    nothing = with_spread(replace(gate(), threshold=99.0), logits.min(axis=1), clips)
     assert nothing.spread == 1.0
 
 

@@ -171,7 +171,7 @@ def scores_of_windows(
                 content = mel.shape[-1] - N_FRAMES - seek
                 window = pad_or_trim(mel[:, seek : seek + min(N_FRAMES, content)], N_FRAMES)
                 model.encoder(window[None].to(model.device))
-                logit = gate.window_logit(gate.frame_logits(found))
+                logit = gate.window_logit(gate.frame_logits(found), found)
                 scores[seek] = float(torch.sigmoid(logit.double())[0])
         finally:
             for hook in hooks:

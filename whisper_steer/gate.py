@@ -26,6 +26,9 @@ class Gate:
     averaged over `smooth` frames (odd).
     threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
     small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
+    window_probes: read the window as a whole: raw activations of some of the gate's layers, averaged over its
+    frames by how likely each is speech (softmax of minus the frame logits); their logits and window_intercept
+    are added to the window's. None: the frame most like speech decides alone.
     min_run: the per-frame gate stays shut in stretches of fewer frames than this: a pause inside a sentence
     is speech. margin: it also stays shut for so many frames beside what it took for speech, whose onsets and
     ends are soft.
@@ -40,15 +43,23 @@ class Gate:
     frame_bias: float
     min_run: int = 1
     margin: int = 0
+    window_probes: tuple[Probe, ...] = ()
+    window_intercept: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probes", tuple(self.probes))
-        layers = [probe.layer for probe in self.probes]
-        if not layers or layers != sorted(set(layers)):
-            raise UsageError(f"gate has probes on layers {layers}: expected one each, ascending")
-        if len({probe.d_model for probe in self.probes}) > 1:
+        for name in ("probes", "window_probes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for what, probes in (("probes", self.probes), ("window probes", self.window_probes)):
+            layers = [probe.layer for probe in probes]
+            if layers != sorted(set(layers)) or (what == "probes" and not layers):
+                raise UsageError(f"gate has {what} on layers {layers}: expected one each, ascending")
+        if extra := [probe.layer for probe in self.window_probes if probe.layer not in self.layers]:
+            raise UsageError(f"gate has a window probe on layer {extra[0]}: expected some of {self.layers}")
+        if any(probe.kind != "raw" for probe in self.window_probes):
+            raise UsageError("gate has a window probe on latents: expected kind 'raw'")
+        if len({probe.d_model for probe in (*self.probes, *self.window_probes)}) > 1:
             raise UsageError("gate has probes of different d_model: expected those of one model")
-        for name in ("intercept", "threshold", "spread", "frame_scale", "frame_bias"):
+        for name in ("intercept", "threshold", "spread", "frame_scale", "frame_bias", "window_intercept"):
             set_number(self, name)
         if self.spread < 0:
             raise UsageError(f"gate has spread {self.spread}: expected a number >= 0")
@@ -106,10 +117,28 @@ class Gate:
         )
         return pooled.squeeze(1)
 
-    @staticmethod
-    def window_logit(frame_logits: Tensor) -> Tensor:
-        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides."""
-        return frame_logits.amin(dim=-1)
+    @property
+    def window_layers(self) -> tuple[int, ...]:
+        """Layers whose streams `window_logit` needs, ascending."""
+        return tuple(probe.layer for probe in self.window_probes)
+
+    def window_logit(self, frame_logits: Tensor, streams: Mapping[int, Tensor] | None = None) -> Tensor:
+        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides; with window
+        probes, plus what they say.
+
+        streams: by layer (batch, frames, d_model), at least the `window_layers`. Raises UsageError if one is
+        missing.
+        """
+        lowest = frame_logits.amin(dim=-1)
+        if not self.window_probes:
+            return lowest
+        streams = streams or {}
+        if missing := [layer for layer in self.window_layers if layer not in streams]:
+            raise UsageError(f"the gate's window probes read layers {self.window_layers}: pass {missing[0]}")
+        said = [
+            probe.logits(likely_speech(frame_logits, streams[probe.layer])) for probe in self.window_probes
+        ]
+        return lowest + torch.stack(said).sum(dim=0) + self.window_intercept
 
     def frame_gate(self, frame_logits: Tensor) -> Tensor:
         """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; 0 below 0.01, in
@@ -128,6 +157,13 @@ class Gate:
         if alpha <= 0:
             return math.inf
         return self.threshold + self.spread * (1 / alpha - 1)
+
+
+def likely_speech(frame_logits: Tensor, x: Tensor) -> Tensor:
+    """(batch, frames), (batch, frames, d_model) -> (batch, d_model), float32: the mean of x over the frames,
+    each weighted by the odds exp(-logit) that somebody speaks in it."""
+    weights = torch.softmax(-frame_logits.float(), dim=-1).unsqueeze(-2)
+    return (weights @ x.float()).squeeze(-2)
 
 
 def _long_runs(mask: Tensor, length: int) -> Tensor:

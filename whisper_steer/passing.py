@@ -36,6 +36,7 @@ class Step:
     logits: Tensor | None = None  # (batch, frames): the sum of the gate's parts read so far
     frame_gate: Tensor | None = None  # (batch, frames)
     window_logit: Tensor | None = None  # (batch,)
+    streams: dict[int, Tensor] = field(default_factory=dict)  # those that the gate's window probes wait for
 
     @property
     def ready(self) -> bool:
@@ -49,10 +50,13 @@ class Step:
             return False
         part = gate.part(layer, x)
         self.logits = part if self.logits is None else self.logits + part
+        if layer in gate.window_layers:
+            self.streams[layer] = x
         if layer < gate.layer:
             return False
         logits = gate.smoothed(self.logits)
-        self.frame_gate, self.window_logit = gate.frame_gate(logits), gate.window_logit(logits)
+        self.frame_gate, self.window_logit = gate.frame_gate(logits), gate.window_logit(logits, self.streams)
+        self.streams.clear()
         return True
 
     def withholds(self) -> Tensor | None:

@@ -31,6 +31,7 @@ _EDIT_TYPES: dict[str, type[Shift] | type[LatentEdit] | type[MeanAblation]] = {
     "shift": Shift, "latents": LatentEdit, "mean_ablation": MeanAblation,
 }  # fmt: skip
 _TYPE_NAMES = {kind: name for name, kind in _EDIT_TYPES.items()}
+_PROBES = ("probes", "window_probes")  # a gate's fields that hold them
 _EMPTY_CARD: dict[str, Any] = {
     "base_model": None,
     "encoder_sha256": None,
@@ -122,7 +123,11 @@ class Steering:
         """The same steering with its tensors on `device`."""
         gate = self.gate
         if gate is not None:
-            gate = replace(gate, probes=tuple(moved(probe, device) for probe in gate.probes))
+            gate = replace(
+                gate,
+                probes=tuple(moved(probe, device) for probe in gate.probes),
+                window_probes=tuple(moved(probe, device) for probe in gate.window_probes),
+            )
         return replace(self, edits=tuple(moved(edit, device) for edit in self.edits), gate=gate)
 
     def check(self, model: Any, *, strict: bool = True) -> None:
@@ -197,13 +202,18 @@ def _read_edit(record: dict[str, Any], number: int, tensors: dict[str, Tensor]) 
 
 def _gate_record(gate: Gate, tensors: dict[str, Tensor]) -> dict[str, Any]:
     plain = split(gate, "gate.", tensors)
-    probes = [split(probe, f"gate.probes.{n}.", tensors) for n, probe in enumerate(gate.probes)]
-    return {**plain, "probes": probes}
+    for name in _PROBES:
+        probes = [split(probe, f"gate.{name}.{n}.", tensors) for n, probe in enumerate(getattr(gate, name))]
+        plain[name] = probes
+    return plain
 
 
 def _read_gate(record: dict[str, Any], tensors: dict[str, Tensor]) -> Gate:
-    probes = tuple(
-        Probe(**{**plain, **with_prefix(f"gate.probes.{n}.", tensors)})
-        for n, plain in enumerate(record["probes"])
-    )
-    return Gate(**{**record, "probes": probes})
+    probes = {
+        name: tuple(
+            Probe(**{**plain, **with_prefix(f"gate.{name}.{n}.", tensors)})
+            for n, plain in enumerate(record.get(name, ()))
+        )
+        for name in _PROBES
+    }
+    return Gate(**{**record, **probes})
