@@ -1,8 +1,9 @@
-"""Result files: written as a whole or not at all."""
+"""Result files: written as a whole or not at all; and pages that a table is put into."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from whisper_steer.errors import UsageError
@@ -22,3 +23,17 @@ def write_whole(path: Path, data: str | bytes) -> Path:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
     return path
+
+
+def marked_page(path: Path, replaced: Callable[[str, str], str], mark: str) -> str:
+    """A page that a table is put into between its marks. Raises UsageError: it cannot be read, or lacks them.
+
+    replaced: (page, table) -> the page with the table in it; ValueError without the marks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        replaced(text, "")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--markdown {path}: {reason}; give a page with the mark {mark}") from error
+    return text

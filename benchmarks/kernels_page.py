@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import marked_page
 from benchmarks.kernels_contestants import OPERATIONS, OURS
-from whisper_steer.errors import UsageError
 
 BEGIN, END = "<!-- begin: benchmarks.kernels -->", "<!-- end: benchmarks.kernels -->"
 COMMAND = "`python -m benchmarks.kernels"
@@ -90,10 +90,4 @@ def replaced(text: str, block: str) -> str:
 
 def page(path: Path) -> str:
     """A page with both marks. Raises UsageError: it cannot be read, or lacks them."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        replaced(text, "")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--markdown {path}: {reason}; give a page with the mark {BEGIN}") from error
-    return text
+    return marked_page(path, replaced, BEGIN)

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import exit_code
-from benchmarks.files import write_whole
+from benchmarks.files import marked_page, write_whole
 from benchmarks.scaling_costs import PAPER, Speed, encoder_flop
 from benchmarks.scaling_measure import (
     RunPlan,
@@ -59,7 +59,6 @@ from benchmarks.scaling_rows import (
     training_rows,
 )
 from benchmarks.training import positive
-from whisper_steer.errors import UsageError
 
 BATCH = 2500
 MINI, WIDE, WIDEST = Shape(192, 1536, 16), Shape(768, 6144, 50), Shape(768, 24_576, 50)
@@ -170,7 +169,7 @@ def headline(
 def run(options: argparse.Namespace) -> list[Row]:
     """Measures, prints, writes. Raises UsageError: a page without marks, a device that is not there."""
     if options.markdown is not None:
-        _page(options.markdown)  # before minutes are spent
+        marked_page(options.markdown, replaced, BEGIN)  # before minutes are spent
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     torch.set_num_threads(options.threads)
     started, loads = time.monotonic(), [load()]
@@ -196,18 +195,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     if options.json is not None:
         write_whole(options.json, json.dumps(rows, indent=1))
     if options.markdown is not None:
-        write_whole(options.markdown, replaced(_page(options.markdown), block))
+        write_whole(options.markdown, replaced(marked_page(options.markdown, replaced, BEGIN), block))
     return rows
-
-
-def _page(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-        replaced(text, "")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--markdown {path}: {reason}; give a page with the mark {BEGIN}") from error
-    return text
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

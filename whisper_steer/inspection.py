@@ -94,6 +94,7 @@ def _gate(gate: Gate) -> dict[str, Any]:
         "kind": gate.kind,
         "layers": list(gate.layers),
         "features": gate.n_features,
+        "window_layers": list(gate.window_layers),
         "smooth": gate.smooth,
         "threshold": gate.threshold,
         "spread": gate.spread,
