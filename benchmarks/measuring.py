@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PLAIN = ("plain", 0.0)
 REFERENCE = ("whisper-steer", 1.0)
+_GATE_BATCH = 8  # windows
 Setting = tuple[str, float]
 Sets = Mapping[str, Sequence[tuple["Clip", ClipRecord]]]
 
@@ -155,6 +156,7 @@ def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
     """By clip id the probability that nobody speaks, of the window most like speech, by the gate of the
     measured steering; empty if it has none."""
     import torch
+    from tqdm import tqdm
 
     from benchmarks.peers.ours import steering_of
     from calibration.activations import encode_windows, window_mels
@@ -165,13 +167,24 @@ def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
         return {}
     if gate is None:
         return {}
-    scores = {}
-    for clip, _ in (pair for group in sets.values() for pair in group):
-        mels = window_mels(clip.load(), setup.model.dims.n_mels)
-        encoded = encode_windows(setup.model, mels, gate.layers).cpu()
+    scores: dict[str, float] = {}
+    waiting: list[tuple[str, torch.Tensor]] = []
+
+    def flush() -> None:
+        encoded = encode_windows(setup.model, torch.stack([mel for _, mel in waiting]), gate.layers).cpu()
         streams = dict(zip(gate.layers, encoded, strict=True))
-        logits = gate.window_logit(gate.frame_logits(streams), streams)
-        scores[clip.id] = float(torch.sigmoid(logits.min()))
+        found = torch.sigmoid(gate.window_logit(gate.frame_logits(streams), streams)).tolist()
+        for (name, _), score in zip(waiting, found, strict=True):
+            scores[name] = min(score, scores.get(name, 1.0))
+        waiting.clear()
+
+    clips = [clip for group in sets.values() for clip, _ in group]
+    for clip in tqdm(clips, desc="gate's scores", unit="clip", file=sys.stderr, disable=not setup.progress):
+        waiting += [(clip.id, mel) for mel in window_mels(clip.load(), setup.model.dims.n_mels)]
+        if len(waiting) >= _GATE_BATCH:
+            flush()
+    if waiting:
+        flush()
     return scores
 
 
