@@ -319,10 +319,14 @@ def test_torchrun_gives_what_one_process_gives(world, tmp_path, split):
     main(flags(world, tmp_path / "one", "--shards", "2", "--wer-clips", "0"))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     torchrun += ["--rdzv-endpoint=localhost:0", *command(world, tmp_path / "two", "--split", split)[1:]]
-    done = subprocess.run(
-        [sys.executable, *torchrun], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = ""
+    for _ in range(3):  # see test_calibration_engine: gloo may abort a process; the run goes on
+        command_line, options = [sys.executable, *torchrun], {"cwd": REPO, "env": environment(), "timeout": 300}
+        done = subprocess.run(command_line, capture_output=True, text=True, **options)
+        said += done.stderr
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, said
     assert_same_saes(files(tmp_path / "two"), files(tmp_path / "one"), exact=split == "saes")
 
 
