@@ -321,8 +321,10 @@ def test_torchrun_gives_what_one_process_gives(world, tmp_path, split):
     torchrun += ["--rdzv-endpoint=localhost:0", *command(world, tmp_path / "two", "--split", split)[1:]]
     said = ""
     for _ in range(3):  # see test_calibration_engine: gloo may abort a process; the run goes on
-        command_line, options = [sys.executable, *torchrun], {"cwd": REPO, "env": environment(), "timeout": 300}
-        done = subprocess.run(command_line, capture_output=True, text=True, **options)
+        started = [sys.executable, *torchrun]
+        done = subprocess.run(
+            started, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300
+        )
         said += done.stderr
         if done.returncode == 0:
             break
