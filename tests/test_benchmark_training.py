@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import training, training_frames
+from benchmarks import training, training_contestants, training_frames
 from benchmarks.peers import environments
-from benchmarks.training import COLUMNS, OURS, Case, Contestant, ContestantError, Outcome, Setting, compare
+from benchmarks.training import COLUMNS, compare
+from benchmarks.training_contestants import OURS, Case, Contestant, ContestantError, Outcome, Setting
 from benchmarks.training_frames import FrameFiles
 from benchmarks.training_quality import measure, select
 from whisper_steer.errors import UsageError
@@ -195,8 +196,8 @@ def test_the_table_shows_ratio_figures_and_failures() -> None:
 
 def test_the_tuned_learning_rate_is_used() -> None:
     tuned = replace(FAST, lr={"tiny": 0.125})
-    assert training.learning_rate(tuned, CASE) == 0.125
-    assert training.learning_rate(FAST, CASE) == training.DEFAULT_LR
+    assert training_contestants.learning_rate(tuned, CASE) == 0.125
+    assert training_contestants.learning_rate(FAST, CASE) == training_contestants.DEFAULT_LR
     rows = compare(CASE, FILES, SETTING, [tuned], repeats=1, run=Runs(adam=[1.0]))
     assert rows[0]["lr"] == 0.125
 
@@ -221,19 +222,19 @@ def environment(tmp_path: Path) -> Iterator[Any]:
 def test_a_missing_environment_is_named_with_the_way_out(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "cpu", "float32", 1)
     with pytest.raises(ContestantError, match="no environment at .*sparsify: run make bench-env"):
-        training.run_once(FAST, CASE, FILES, setting, 2, False)
+        training_contestants.run_once(FAST, CASE, FILES, setting, 2, False)
 
 
 def test_figures_come_from_the_last_line(environment: Any) -> None:
     setting = environment("""echo chatter; echo '{"step_s": 0.5, "peak_mb": 7, "step_s_mean": 1}'""")
-    assert training.run_once(FAST, CASE, FILES, setting, 2, False) == Outcome(0.5, 7.0, None)
+    assert training_contestants.run_once(FAST, CASE, FILES, setting, 2, False) == Outcome(0.5, 7.0, None)
 
 
 def test_the_process_gets_the_threads_and_not_our_packages(environment: Any) -> None:
     setting = environment(
         """test "$OMP_NUM_THREADS" = 1 && test -z "$PYTHONPATH" && echo '{"step_s": 1, "peak_mb": 1}'"""
     )
-    assert training.run_once(FAST, CASE, FILES, setting, 2, False).step_s == 1.0
+    assert training_contestants.run_once(FAST, CASE, FILES, setting, 2, False).step_s == 1.0
 
 
 @pytest.mark.parametrize(
@@ -250,12 +251,12 @@ def test_the_process_gets_the_threads_and_not_our_packages(environment: Any) -> 
 )
 def test_a_process_that_fails_is_one_line(environment: Any, script: str, message: str) -> None:
     with pytest.raises(ContestantError, match=message):
-        training.run_once(FAST, CASE, FILES, environment(script), 2, False)
+        training_contestants.run_once(FAST, CASE, FILES, environment(script), 2, False)
 
 
 def test_a_process_that_hangs_is_stopped(environment: Any) -> None:
     with pytest.raises(ContestantError, match=r"not done after 0 s"):
-        training.run_once(FAST, CASE, FILES, environment("exec sleep 60", timeout=0.2), 2, False)
+        training_contestants.run_once(FAST, CASE, FILES, environment("exec sleep 60", timeout=0.2), 2, False)
 
 
 # -- the scripts
@@ -265,7 +266,7 @@ def test_a_process_that_hangs_is_stopped(environment: Any) -> None:
 def request_file(tmp_path: Path) -> Path:
     frames = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
     np.save(tmp_path / "frames.npy", frames)
-    contents = training.request_of(
+    contents = training_contestants.request_of(
         MINE, CASE, tmp_path / "frames.npy", SETTING, 6, 1e-3, tmp_path / "sae.safetensors"
     )
     (tmp_path / "request.json").write_text(json.dumps(contents))
@@ -328,7 +329,7 @@ def test_our_own_script_runs_and_learns(variant: str, tmp_path: Path) -> None:
         "synthetic", 4, train=200, held_out=50, folder=tmp_path, say=lambda _t: None
     )
     contestant = Contestant(OURS, variant, variant.split("-")[0], {"tiny": 0.02})
-    found = training.run_once(contestant, case, files, SETTING, 60, True)
+    found = training_contestants.run_once(contestant, case, files, SETTING, 60, True)
     assert found.quality is not None
     assert found.quality["fvu"] < 0.4
     assert found.quality["l0"] <= 2.0
@@ -372,7 +373,7 @@ print(float((own - common).abs().max()), float((own - x).square().mean()))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "contestant",
-    [c for c in training.CONTESTANTS if c.library != OURS],
+    [c for c in training_contestants.CONTESTANTS if c.library != OURS],
     ids=lambda c: f"{c.library}-{c.variant}",
 )
 def test_the_common_form_reconstructs_as_the_library_does(contestant: Contestant, request_file: Path) -> None:
@@ -529,7 +530,7 @@ def test_a_run_writes_a_flat_list_and_tells_of_failures(
     options = ["--peers", str(tmp_path), "--quick", "--device", "cpu", "--out", str(tmp_path / "frames")]
     assert training.main([*options, "--json", str(tmp_path / "rows.json")]) == 1
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == len(training.CONTESTANTS)
+    assert len(rows) == len(training_contestants.CONTESTANTS)
     assert {row["library"] for row in rows if row["error"]} == {"sae_lens"}
     assert "sae_lens topk failed: no environment\n" in capsys.readouterr().out
 
