@@ -41,6 +41,11 @@ def reverberate(
     return fftconvolve(x, impulse)[: len(x)].astype(np.float32)
 
 
+def at_speed(x: np.ndarray, percent: int) -> np.ndarray:
+    """x played at `percent` of its speed: pitch and tempo change together."""
+    return np.asarray(resample_poly(x, 100, percent), dtype=np.float32)
+
+
 def limit_band(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A telephone or a cheap microphone: 80-400 Hz to 2.8-6 kHz."""
     sos = butter(3, [rng.uniform(80, 400), rng.uniform(2800, 6000)], "band", fs=RATE, output="sos")

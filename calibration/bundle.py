@@ -27,7 +27,8 @@ RATE = 16_000
 LICENCE = "MIT"
 SOURCES = (
     "speech: espeak-ng 1.52; non-speech: formulas; and, where a folder of recordings was given, the "
-    "training split (by speaker or source recording) of: LibriSpeech train-clean-100 and test-other "
+    "training split (for the gate the calibration split, too; by speaker or source recording) of: "
+    "LibriSpeech train-clean-100 and test-other "
     "(CC-BY-4.0), speechocean762 (Apache-2.0), VCTK (CC-BY-4.0), LJSpeech and LibriVox (public domain),"
     " Asterisk prompts (CC-BY-SA-3.0), Picovoice key words (Apache-2.0), MFA tests (MIT), Free Spoken "
     "Digit Dataset (CC-BY-SA-4.0), ESC-10 (CC-BY-3.0), EmoGator (Apache-2.0), Donate-a-cry (ODbL-1.0), "

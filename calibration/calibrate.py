@@ -1,8 +1,9 @@
 """From recordings to a steering file, for any model: what `whisper-steer calibrate` runs.
 
-Recordings are split three ways. The training split gives gates, the validation split gives edits and chooses
-within the budget (`calibration.sweep`), the test split says what the choice is worth. Labels and the fit are
-kept in a working folder, so that a run that was stopped goes on where it left off.
+Recordings are split three ways. The training split gives gates; the validation split gives edits, teaches
+the gate's window probes too (each recording is judged by probes that were fitted without it), and chooses
+within the budget (`calibration.winners`); the test split says what the choice is worth. Labels and the fit
+are kept in a working folder, so that a run that was stopped goes on where it left off.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from calibration.fit_files import RECORD, Fit, read_fit, write_fit
 from calibration.hallucinations import label_clips
 from calibration.hearing import Calibration, Effort, Heard, compare
 from calibration.selection import Budget, CalibrationClip, GateChoice
-from calibration.sweep import find_gate, find_winner, finish
+from calibration.winners import find_gate, find_winner, finish
 from whisper_steer.errors import FormatError, UsageError
 from whisper_steer.fileformat import encoder_sha256, model_name
 from whisper_steer.sae import SparseAutoencoder

@@ -2,6 +2,8 @@
 
 The gate that ships has seen the calibration clips; what it says about them would look too good. So windows
 are withheld by the logits of gates that were fitted without their clips, and only what passes is decoded.
+Windows that only the edited model looks at (it seeks on from other words) and recordings joined from several
+clips have no such logits: there the gate itself is asked, and what it says may look too good.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from calibration.hearing import Calibration, Heard, compare
 from calibration.selection import CalibrationClip
 from whisper_steer.attach import steer
 from whisper_steer.fileformat import model_metadata
+from whisper_steer.passing import padding_frames
 from whisper_steer.steering import Edit, Gate, Steering
 
 NEVER = 1e9  # a window logit that no window reaches
@@ -106,6 +109,7 @@ class GatedHearing:
             layers = list(self.gate.layers)
             streams = dict(zip(layers, encode_windows(model, mels, layers), strict=True))
             with torch.no_grad():
-                values = self.gate.window_logit(self.gate.frame_logits(streams), streams)
+                logits = self.gate.frame_logits(streams)
+                values = self.gate.window_logit(logits, streams, padding_frames(mels.to(logits.device)))
             known |= dict(zip(missing, values.tolist(), strict=True))
         return [known[window.seek] for window in transcript.windows]

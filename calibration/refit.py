@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("whisper_steer")
 
 FOLDS = 5
+# calibration sets that are judged, but nothing is fitted on them: their voices are the test split's, too
+UNTAUGHT = ("speech_new_voice",)
 
 
 def deal_folds(clips: Sequence[Clip], folds: int = FOLDS) -> list[int]:
@@ -98,7 +100,8 @@ def refit(
 ) -> tuple[GateChoice, np.ndarray]:
     """(the choice with the refitted gate and its threshold, out-of-fold logits (rows, 1500)).
 
-    sample: the training frames that the chosen gate was fitted on. The smoothing is chosen again.
+    sample: the training frames that the chosen gate was fitted on. The smoothing is chosen again. Clips of
+    the sets `UNTAUGHT` are judged, but teach nothing.
     Raises UsageError if the clips of either kind are all of one group (`deal_folds`), or too short.
     """
     owners = deal_folds([sources[clip.set, clip.id] for clip in clips])
@@ -109,7 +112,7 @@ def refit(
         mine = [
             as_training_clip(sources[clip.set, clip.id])
             for clip, owner in zip(clips, owners, strict=True)
-            if owner == fold
+            if owner == fold and clip.set not in UNTAUGHT
         ]
         parts.append(
             collect_gate_frames(model, mine, layers=layers, seed=seed + 1 + fold, progress=progress)

@@ -24,6 +24,7 @@ from whisper.tokenizer import get_tokenizer
 from calibration.activations import encode_windows
 from calibration.decoding import greedy_decode
 from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule, normalise, word_errors
+from whisper_steer.passing import padding_frames
 from whisper_steer.steering import Edit, Gate, LatentEdit, MeanAblation, Steering
 
 if TYPE_CHECKING:
@@ -75,12 +76,19 @@ class Windows:
         with torch.no_grad():
             parts = [encode_windows(model, mels[i : i + batch]) for i in range(0, len(mels), batch)]
         self.layers = torch.cat(parts, dim=1)  # (layers, windows, 1500, d_model)
+        self.padding = padding_frames(mels).to(self.layers.device)
         self.batch = batch
         self.gate: Tensor | None = None  # (windows, 1500) share of an edit that each frame gets
 
     def set_gate(self, gate: Gate | None) -> None:
         """Edits are scaled by this gate from now on, as they are on a steered model."""
-        self.gate = None if gate is None else gate.frame_gate(gate.frame_logits(dict(enumerate(self.layers))))
+        if gate is None:
+            self.gate = None
+            return
+        streams = dict(enumerate(self.layers))
+        logits = gate.frame_logits(streams)
+        heard = gate.window_logit(logits, streams, self.padding) <= gate.window_threshold(1.0)
+        self.gate = gate.frame_gate(logits, self.padding & heard.unsqueeze(1))
 
     def edited(self, edits: Sequence[Edit]) -> Tensor:
         """Encoder output (windows, 1500, d_model) with the edits at alpha 1; every block sees what the edits

@@ -29,6 +29,7 @@ from calibration.evaluate import NonSpeechMetrics, SpeechMetrics, nonspeech_metr
 from whisper_steer.attach import steer
 from whisper_steer.errors import UsageError
 from whisper_steer.fileformat import model_metadata
+from whisper_steer.passing import padding_frames
 from whisper_steer.steering import Shift, Steering
 
 MULTIPLES = (0.5, 1.0, 2.0)
@@ -110,7 +111,9 @@ def least_squares_shifts(
             finally:
                 for hook in keep:
                     hook.remove()
-            g = local.gate.frame_gate(local.gate.frame_logits(streams))
+            logits, padding = local.gate.frame_logits(streams), padding_frames(mel)
+            heard = local.gate.window_logit(logits, streams, padding) <= local.gate.window_threshold(alpha)
+            g = local.gate.frame_gate(logits, padding & heard.unsqueeze(1))
 
         def edit(layer: int, module: Any, args: Any, x: Tensor, g: Tensor | None = g) -> Tensor:
             edited = local.edit(x, layer, alpha, g)

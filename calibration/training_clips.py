@@ -28,6 +28,7 @@ REAL_SPEECH_DB = 25.0  # real recordings have a noise floor: only frames well ab
 CONDITIONS = ("clean", "noisy", "quiet", "reverb", "sparse", "embedded", "clean", "noisy")  # in turn
 WHISPERED_SHARE = 0.12
 TELEPHONE = "telephone"
+_CORPUS = "corpus-"  # ids of clips of the synthetic corpus
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def training_clips(
         shards = Shards.open(corpus, "nonspeech")
         for index in _some(list(range(len(shards))), nonspeech, rng):
             category = shards.records[index]["category"]
-            clips.append(_nonspeech(f"corpus-nonspeech/{index:06d}", category, _sample(shards, index)))
+            clips.append(_nonspeech(f"{_CORPUS}nonspeech/{index:06d}", category, _sample(shards, index)))
     if corpus is not None and any(corpus.glob("speech_*.jsonl")):
         clips += _synthetic_speech(Shards.open(corpus, "speech"), speech, rng, backgrounds, seed)
     for number, clip in enumerate(real_speech):
@@ -191,6 +192,44 @@ def some_over_telephone(clips: Sequence[TrainingClip], seed: int = 0) -> list[Tr
     return [_over_telephone(clip, seed) for clip in (*people, *others[::2])]
 
 
+def some_altered(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
+    """Every real recording, for they are scarce, once more as another might have sounded: at 80 to 125 %
+    of its speed and another level; sounds with another mixed in, speech with one behind it or in a room."""
+    sounds = [
+        clip
+        for clip in clips
+        if clip.kind == "nonspeech" and clip.condition != TELEPHONE and not clip.id.startswith(_CORPUS)
+    ]
+    people = [clip for clip in clips if clip.kind == "real_speech" and clip.condition == "clean"]
+    return [_altered(clip, sounds, seed) for clip in (*sounds, *people)]
+
+
+def _altered(clip: TrainingClip, sounds: Sequence[TrainingClip], seed: int) -> TrainingClip:
+
+    def make() -> tuple[np.ndarray, Intervals]:
+        audio, intervals = clip.make()
+        rng = np.random.default_rng([seed, zlib.crc32(clip.id.encode())])
+
+        def played(audio: np.ndarray) -> tuple[np.ndarray, int]:
+            percent = int(rng.integers(80, 126))
+            return augmentation.at_speed(audio[: 30 * RATE], percent), percent
+
+        x, percent = played(audio)
+        other = sounds[int(rng.integers(len(sounds)))].load() if sounds else x[:0]
+        if clip.kind == "nonspeech":
+            x = augmentation.mix_at_snr(x, played(other)[0], rng.uniform(-5, 15))
+        elif rng.random() < 0.5:
+            x = augmentation.mix_at_snr(x, other, rng.uniform(5, 20))
+        else:
+            x = augmentation.reverberate(x, rng)
+        x = x * np.float32(10 ** rng.uniform(-1, 0))
+        slower = 100 / percent
+        moved = [(start, slower * start, slower * end) for start, end in intervals]
+        return x, tuple((new, end) for old, new, end in moved if max(old, new) < 30)
+
+    return TrainingClip(f"{clip.id}#altered", clip.kind, "altered", make)
+
+
 def _over_telephone(clip: TrainingClip, seed: int) -> TrainingClip:
 
     def make() -> tuple[np.ndarray, Intervals]:
@@ -222,10 +261,10 @@ def _synthetic_speech(
     n_whispered = min(len(whispered), round(count * WHISPERED_SHARE))
     clips = []
     for number, index in enumerate(_some(other, count - n_whispered, rng)):
-        condition, name = CONDITIONS[number % len(CONDITIONS)], f"corpus-speech/{index:06d}"
+        condition, name = CONDITIONS[number % len(CONDITIONS)], f"{_CORPUS}speech/{index:06d}"
         clips.append(_speech(name, "speech", condition, _sample(shards, index), [seed, index], backgrounds))
     for index in _some(whispered, n_whispered, rng):
-        name = f"corpus-speech/{index:06d}"
+        name = f"{_CORPUS}speech/{index:06d}"
         clips.append(_speech(name, "speech", "whispered", _sample(shards, index), [seed, index], backgrounds))
     return clips
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from calibration_tools import clips, make_terse_whisper, sound
 
-from calibration import edit_fit, fit, gate_fit, sweep
+from calibration import edit_fit, fit, gate_fit, winners
 from calibration.decoding import transcribe_clips
 from calibration.edit_candidates import fit_to_budget, pick_finalists
 from calibration.fit_files import read_fit, write_fit
@@ -146,7 +146,7 @@ def calibration(setting):
 
 @pytest.fixture(scope="module")
 def latent_gate(calibration):
-    return sweep.find_gate(calibration, "latents", refitted=False)
+    return winners.find_gate(calibration, "latents", refitted=False)
 
 
 def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibration, latent_gate, tmp_path):
@@ -155,10 +155,10 @@ def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibrati
     # noise bursts and tones are easy to tell
     assert choice.gate.kind == "latents" and choice.result.text_fpr == 0.0
     assert choice.result.wer == 0.0
-    chosen = sweep.find_winner(calibration, choice, logits, progress=False)
+    chosen = winners.find_winner(calibration, choice, logits, progress=False)
     assert chosen.heard.rise_hi <= 0.001
     assert [finalist["name"] for finalist in chosen.record["finalists"]].count("gate alone") == 1
-    final = sweep.finish(calibration, chosen, "default", progress=False)
+    final = winners.finish(calibration, chosen, "default", progress=False)
     assert [point["alpha"] for point in final.metadata["frontier"]] == [0.25, 0.5, 0.75, 1, 1.5, 2, 4]
     at_one = final.metadata["frontier"][3]
     assert at_one["text_fpr"] == 0.0 and at_one["wer_rise"] == chosen.heard.rise and at_one["clips"] == 16
@@ -183,7 +183,7 @@ def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibrati
 def test_a_gate_learns_windows_from_the_training_clips(calibration, latent_gate, tmp_path):
     training = [make_clip(kind, i) for kind in ("speech", "nonspeech") for i in range(8)]
     cache = tmp_path / "windows.npz"
-    choice, _ = sweep.find_gate(
+    choice, _ = winners.find_gate(
         calibration, "latents", training=training, refitted=False, cache=cache, progress=False
     )
     tried = [row["window_share"] for row in choice.table if "window_share" in row]
@@ -249,14 +249,14 @@ def test_windows_are_withheld_by_the_logits_given(setting, calibration, latent_g
 
 
 def test_sweep_writes_the_papers_recipe_by_its_own_budget(calibration):
-    found = sweep.find_audiosae(calibration, progress=False)
+    found = winners.find_audiosae(calibration, progress=False)
     assert found.steering.gate is None and found.hearing is None
     (edit,) = found.steering.edits
     assert edit.reconstruct and len(edit.values) == 64 and edit.strength > 0
     # random SAEs reconstruct nothing: even the weakest setting costs words, and the record says so
     assert found.record["within_budget"] == (found.heard.rise <= 0.001)
     assert found.record["edit"]["form"] == "audiosae"
-    assert "profiles" not in sweep.finish(calibration, found, "audiosae", progress=False).metadata
+    assert "profiles" not in winners.finish(calibration, found, "audiosae", progress=False).metadata
 
 
 def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, latent_gate, monkeypatch):
@@ -272,7 +272,7 @@ def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, latent_
         return found
 
     monkeypatch.setattr(GatedHearing, "hear", costly)
-    chosen = sweep.find_winner(calibration, choice, logits, progress=False)
+    chosen = winners.find_winner(calibration, choice, logits, progress=False)
     assert chosen.steering.edits == () and chosen.steering.gate is choice.gate
     assert chosen.record["edit"] is None and heard_with
 
@@ -298,10 +298,10 @@ def test_strengths_are_halved_until_words_are_safe():
 
 def test_only_the_named_edits_take_part(calibration, latent_gate):
     choice, logits = latent_gate
-    chosen = sweep.find_winner(calibration, choice, logits, edits=["silence_l0"], progress=False)
+    chosen = winners.find_winner(calibration, choice, logits, edits=["silence_l0"], progress=False)
     assert [entry["name"] for entry in chosen.record["screened"]] == ["silence_l0"]
     with pytest.raises(UsageError, match="the fit has no edit 'loud': expected some of svector_l0"):
-        sweep.find_winner(calibration, choice, logits, edits=["loud"], progress=False)
+        winners.find_winner(calibration, choice, logits, edits=["loud"], progress=False)
 
 
 def test_every_kind_of_edit_gets_into_the_final():
@@ -328,4 +328,4 @@ def test_gate_kind_must_exist(calibration):
     other = Calibration.__new__(Calibration)
     other.__dict__.update(calibration.__dict__, fit=only_raw)
     with pytest.raises(UsageError, match="no gate of kind 'latents'"):
-        sweep.find_gate(other, "latents")
+        winners.find_gate(other, "latents")

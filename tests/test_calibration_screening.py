@@ -43,6 +43,18 @@ def latent_edit(layer=1):
     return LatentEdit.from_sae(sae, torch.arange(5), torch.linspace(-1, 1, 5), floor=True)
 
 
+def test_a_withheld_window_is_edited_to_its_end(model, mels):
+    edit, gate = shift(1, 2.0), raw_gate(0.0)
+    gate = replace(gate, threshold=-1e6, spread=0.0)
+    screen = Screen(model, mels["speech"], mels["tones"], gate)
+    with steer(model, steering=Steering((edit,), gate, model_metadata(model))):
+        steered = model.encoder(mels["tones"])
+    assert screen.nonspeech.padding.any()
+    torch.testing.assert_close(screen.nonspeech.edited((edit,)), steered, rtol=1e-4, atol=1e-4)
+    screen.use_gate(replace(gate, threshold=1e6))
+    assert not torch.allclose(screen.nonspeech.edited((edit,)), steered, atol=1e-2)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     "edit", [shift(0, 2.0), shift(1, 2.0), latent_edit()], ids=["shift0", "shift1", "latents"]

@@ -2,12 +2,15 @@ import numpy as np
 import pytest
 from calibration_tools import RATE
 
+from calibration import augmentation
 from calibration.synthesis import write_shard
 from calibration.training_clips import (
     CONDITIONS,
+    TrainingClip,
     active_intervals,
     frame_levels,
     make_variant,
+    some_altered,
     training_clips,
 )
 from whisper_steer.errors import UsageError
@@ -100,6 +103,48 @@ def test_clips_come_over_a_telephone_too(corpus):
         high = int(len(spectrum) * 4.2 / 8)  # nothing above 4 kHz comes out of 8 kHz sampling
         assert spectrum[high:].sum() < 1e-3 * spectrum.sum()
         assert np.array_equal(after.load(), after.load())
+
+
+def tone(hertz, seconds):
+    return np.sin(2 * np.pi * hertz * np.arange(int(seconds * RATE)) / RATE).astype(np.float32)
+
+
+def pitch(x):
+    return float(np.fft.rfftfreq(len(x), 1 / RATE)[np.abs(np.fft.rfft(x)).argmax()])
+
+
+def test_speed_changes_pitch_and_tempo():
+    slow = augmentation.at_speed(tone(400, 2.0), 80)
+    assert len(slow) == 2.5 * RATE and pitch(slow) == pytest.approx(320, abs=1) and slow.dtype == np.float32
+
+
+def test_real_recordings_come_altered_too():
+    def clip(name, kind, condition, audio):
+        intervals = ((0.5, 1.0), (31.0, 32.0)) if kind != "nonspeech" else ()
+        return TrainingClip(name, kind, condition, lambda: (audio, intervals))
+
+    clips = [
+        clip("dog", "nonspeech", "sounds", tone(500, 2.0)),
+        clip("rain", "nonspeech", "sounds", tone(3000, 2.0)),
+        clip("corpus-nonspeech/1", "nonspeech", "tones", tone(100, 2.0)),
+        clip("dog#telephone", "nonspeech", "telephone", tone(500, 2.0)),
+        clip("ann", "real_speech", "clean", tone(1000, 33.0)),
+        clip("ann#noisy", "real_speech", "noisy", tone(1000, 33.0)),
+        clip("corpus-speech/1", "speech", "clean", tone(100, 2.0)),
+    ]
+    made = some_altered(clips)
+    assert [one.id for one in made] == ["dog#altered", "rain#altered", "ann#altered"]
+    assert [one.kind for one in made] == ["nonspeech", "nonspeech", "real_speech"]
+    assert all(np.array_equal(one.load(), one.load()) for one in made)
+    dog, ann = made[0].load(), made[2].load()
+    speed = 2.0 * RATE / len(dog)
+    power = np.abs(np.fft.rfft(dog)) ** 2
+    near = np.abs(np.fft.rfftfreq(len(dog), 1 / RATE) - 500 * speed) < 5
+    assert 0.8 <= speed <= 1.25 and power[near].sum() > 0.2 * power.sum()  # at least -5 dB against the other
+    slower = len(ann) / RATE / 30  # of the first 30 s
+    assert pitch(ann) == pytest.approx(1000 / slower, rel=0.01)
+    assert made[2].make()[1] == ((pytest.approx(0.5 * slower, rel=1e-3), pytest.approx(slower, rel=1e-3)),)
+    assert not np.array_equal(some_altered(clips, seed=1)[0].load(), dog)
 
 
 def test_no_folder_at_all(tmp_path):

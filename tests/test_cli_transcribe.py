@@ -192,9 +192,10 @@ def test_prints_timestamped_lines(run: Any, shelf: Path) -> None:
     result = run(shelf / "a.wav")
     assert result.code == 0 and result.err == ""
     line = result.out.splitlines()[0]
-    assert line.startswith("[00:00.000 --> 00:0") and len(line.split("]  ")[1]) > 0
+    said = line.split("] ")[1].strip()
+    assert line.startswith("[00:00.000 --> 00:0") and said
     words = run(shelf / "a.wav", "--verbose", "False").out
-    assert words.splitlines()[0] == line.split("]  ")[1]
+    assert words.splitlines()[0] == said
 
 
 def test_json_is_one_object_per_line(run: Any, shelf: Path, tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_one_stretch_is_what_is_heard_without_a_vad() -> None:
         assert found.text == without.text != "" and found.suppressed == ()
         assert [s.tokens for s in found.segments] == [s.tokens for s in without.segments]
     assert seen[-1] == (1.0, 1.0) and all(0 <= done <= 1.0 == total for done, total in seen)
+    for run in (seen[: len(seen) // 2], seen[len(seen) // 2 :]):
+        assert run == sorted(run) and run[0] == (pytest.approx(1 / 3), 1.0)  # the speech is found
+
+
+def test_looking_for_speech_tells_how_far_it_is() -> None:
+    """Windows of 10 s, of which neighbours share 2 s, eight at a time; the last one ends with the sound."""
+    model, seen = brief_whisper(), []
+    with whisper_steer.steer(model, steering=constant_steering(model, 9.0)) as handle:
+        found = find_speech(model, handle, tone(75.5), 75.5, GateVad(), lambda *at: seen.append(at))
+    assert seen == [(66.0, 75.5), (75.5, 75.5)] and found.duration == 75.5
 
 
 def test_without_a_vad_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,21 @@
 """Window probes: what the gate says of a window as a whole."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_passing import WIDTH, gate, mels, streams  # noqa: F401
 
 from whisper_steer.attach import steer
 from whisper_steer.edits import Shift
 from whisper_steer.errors import UsageError
-from whisper_steer.gate import Gate, likely_speech
+from whisper_steer.gate import Gate, likely_speech, mean_of_sound
 from whisper_steer.passing import Step
 from whisper_steer.probe import Probe
+from whisper_steer.registry import registry_of
 from whisper_steer.steering import Steering
 
 
@@ -41,6 +43,8 @@ def test_the_mean_lies_within_the_frames_and_follows_the_lowest(frames, seed):
     x, logits = torch.randn(2, frames, 3, generator=generator), torch.randn(2, frames, generator=generator)
     found = likely_speech(logits, x)
     assert (found >= x.amin(dim=1) - 1e-5).all() and (found <= x.amax(dim=1) + 1e-5).all()
+    lowest = logits.sort(dim=1).values
+    assume(frames == 1 or (lowest[:, 1] - lowest[:, 0]).min() > 0.01)
     sure = likely_speech(1e4 * logits, x)
     torch.testing.assert_close(sure, x[torch.arange(2), logits.argmin(dim=1)])
 
@@ -56,16 +60,31 @@ def test_the_window_logit_by_hand():
     assert whole_gate((raw(0, [1.0, 1.0]),), ()).window_logit(logits).tolist() == [-1.0]
 
 
+def test_the_mean_of_sound_by_hand():
+    x = torch.tensor([[[1.0], [3.0], [8.0]]]).expand(3, 3, 1)
+    padding = torch.tensor([[False, False, True], [False, False, False], [True, True, True]])
+    assert mean_of_sound(x, padding).flatten().tolist() == [2.0, 4.0, 4.0]  # all is padding: all counts
+    assert mean_of_sound(x.half(), None).flatten().tolist() == [4.0, 4.0, 4.0]
+    found = whole_gate(
+        (raw(0, [1.0]), raw(1, [1.0])), (), window_intercept=0.5, sound_probes=(raw(1, [2.0], 1.0, 0.5),)
+    )
+    assert found.window_layers == (1,)
+    said = found.window_logit(torch.zeros(3, 3), {1: x}, padding)
+    assert said.tolist() == [0.5 + 2 * (2 - 1) / 0.5, 0.5 + 2 * (4 - 1) / 0.5, 0.5 + 2 * (4 - 1) / 0.5]
+
+
 def test_window_probes_need_their_layers():
     probes = (raw(0, [1.0]), raw(1, [1.0]))
     found = whole_gate(probes, (raw(1, [1.0]),))
     assert found.window_layers == (1,)
-    with pytest.raises(UsageError, match=r"read layers \(1,\): pass 1"):
+    with pytest.raises(UsageError, match=r"reads layers \(1,\): pass 1"):
         found.window_logit(torch.zeros(1, 2), {0: torch.zeros(1, 2, 1)})
     with pytest.raises(UsageError, match=r"window probe on layer 2: expected some of \(0, 1\)"):
         whole_gate(probes, (raw(2, [1.0]),))
     with pytest.raises(UsageError, match=r"window probes on layers \[1, 0\]"):
         whole_gate(probes, (raw(1, [1.0]), raw(0, [1.0])))
+    with pytest.raises(UsageError, match=r"sound probe on layer 2: expected some of \(0, 1\)"):
+        whole_gate(probes, (), sound_probes=(raw(2, [1.0]),))
     with pytest.raises(UsageError, match="different d_model"):
         whole_gate(probes, (raw(1, [1.0, 2.0]),))
     latents = Probe(
@@ -102,6 +121,24 @@ def test_a_steered_encoder_says_the_same(tiny_whisper, mels):  # noqa: F811
         assert not step.streams  # kept no longer than needed
 
 
+def test_a_steered_encoder_tells_sound_from_padding(tiny_whisper, mels):  # noqa: F811
+    features = mels.clone()
+    features[0, :, 400:] = 0.0
+    found, _ = streams(tiny_whisper, features)
+    direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(7))
+    probe = gate().probes[0]
+    mine = whole_gate((replace(probe, layer=2),), (), sound_probes=(raw(2, direction),), threshold=1e9)
+    expected = mine.frame_logits(found[2]).amin(dim=1) + torch.stack(
+        [found[2][0, :200].mean(dim=0) @ direction, found[2][1].mean(dim=0) @ direction]
+    )
+    with torch.no_grad(), steer(tiny_whisper, steering=Steering((), mine)):
+        registry = registry_of(tiny_whisper)
+        steps = registry._steps()
+        with registry._passing(steps):
+            tiny_whisper.encoder(features)
+        torch.testing.assert_close(steps[0].window_logit, expected)
+
+
 def test_the_window_decides_what_is_withheld(tiny_whisper, mels):  # noqa: F811
     import whisper
 
@@ -118,12 +155,16 @@ def test_the_window_decides_what_is_withheld(tiny_whisper, mels):  # noqa: F811
 
 def test_a_steering_file_keeps_window_probes(tmp_path):
     mine = whole_gate(
-        (raw(0, [1.0, 2.0]), raw(3, [3.0, 4.0])), (raw(3, [5.0, 6.0], 0.5, 2.0),), window_intercept=-0.75
+        (raw(0, [1.0, 2.0]), raw(3, [3.0, 4.0])),
+        (raw(3, [5.0, 6.0], 0.5, 2.0),),
+        window_intercept=-0.75,
+        sound_probes=(raw(0, [7.0, 8.0], 1.5, 3.0),),
     )
     Steering((), mine).save(tmp_path / "s.safetensors")
     loaded = Steering.load(tmp_path / "s.safetensors")
     for found in (loaded.gate, loaded.to("cpu").gate):
         (probe,) = found.window_probes
-        assert found.window_layers == (3,) and found.window_intercept == -0.75
+        assert found.window_layers == (0, 3) and found.window_intercept == -0.75
+        assert found.sound_probes[0].coef.tolist() == [7.0, 8.0] and found.sound_probes[0].layer == 0
         assert probe.coef.tolist() == [5.0, 6.0] and probe.std.tolist() == [2.0, 2.0]
         assert found.probes[1].coef.tolist() == [3.0, 4.0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from gates import changed_gate
 from tiny import audio, frame_gate, latents, outputs, says, shift
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
@@ -28,10 +29,12 @@ def test_a_shift_is_its_own_best_shift() -> None:
     assert explained == pytest.approx({1: 1.0, 2: 1.0}, abs=1e-5)
 
 
-def test_mean_of_a_gated_latent_edit() -> None:
+@pytest.mark.parametrize("withheld", [False, True])
+def test_mean_of_a_gated_latent_edit(withheld: bool) -> None:
     """Against the mean written out by hand; the share by the definition of the residual."""
     model = make_tiny_whisper()
-    steering = Steering((latents(2),), frame_gate(1))
+    threshold = -1e6 if withheld else 1e6
+    steering = Steering((latents(2),), changed_gate(frame_gate(1), threshold=threshold))
     clips = [audio(1, 5), audio(4, 30)]
     vectors, explained = least_squares_shifts(model, steering, 1.0, clips)
     changes = []
@@ -39,9 +42,10 @@ def test_mean_of_a_gated_latent_edit() -> None:
         _, blocks = outputs(model, log_mel_spectrogram(pad_or_trim(clip))[None])
         gate = steering.gate
         assert gate is not None
-        changes.append(
-            steering.edit(blocks[2], 2, 1.0, gate.frame_gate(gate.frame_logits(blocks[1]))) - blocks[2]
-        )
+        g = gate.frame_gate(gate.frame_logits(blocks[1]))
+        if not withheld:  # padding is left alone; a mel window hangs over its beginning
+            g[:, len(clip) // 320 + 1 :] = 0
+        changes.append(steering.edit(blocks[2], 2, 1.0, g) - blocks[2])
     pooled = torch.cat(changes, dim=1)[0]
     assert torch.allclose(vectors[2], pooled.mean(0), atol=1e-5)
     residual = ((pooled - pooled.mean(0)) ** 2).sum() / (pooled**2).sum()

@@ -18,6 +18,7 @@ from whisper.model import Whisper
 from .attach import handles_of, steer
 from .audio import check_audio, load_audio
 from .errors import UsageError
+from .passing import padding_frames
 from .registry import model_lock
 from .steering import Gate, Steering
 from .transcribe import Segment, Transcript, transcribe
@@ -170,8 +171,9 @@ def scores_of_windows(
             for seek in sorted(seeks):
                 content = mel.shape[-1] - N_FRAMES - seek
                 window = pad_or_trim(mel[:, seek : seek + min(N_FRAMES, content)], N_FRAMES)
-                model.encoder(window[None].to(model.device))
-                logit = gate.window_logit(gate.frame_logits(found), found)
+                window = window[None].to(model.device)
+                model.encoder(window)
+                logit = gate.window_logit(gate.frame_logits(found), found, padding_frames(window))
                 scores[seek] = float(torch.sigmoid(logit.double())[0])
         finally:
             for hook in hooks:

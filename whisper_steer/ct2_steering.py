@@ -219,7 +219,9 @@ class SteeredWhisper:
             edited = current.after_block(layer, x, run_block)
             return x if edited is None else edited
 
-        output = run_encoder(encoder, mel.to(weight.device, weight.dtype), after_block)
+        mel = mel.to(weight.device, weight.dtype)
+        current.begin(mel)
+        output = run_encoder(encoder, mel, after_block)
         if to_cpu:
             output = output.cpu()
         view, kept = _storage(output)

@@ -16,6 +16,7 @@ from .probe import Probe
 
 # a frame this surely spoken is not touched at all, so that clear speech stays bit-identical
 MIN_FRAME_GATE = 0.01
+PROBES = ("probes", "window_probes", "sound_probes")  # a gate's fields that hold them
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,10 @@ class Gate:
     averaged over `smooth` frames (odd).
     threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
     small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
-    window_probes: read the window as a whole: raw activations of some of the gate's layers, averaged over its
-    frames by how likely each is speech (softmax of minus the frame logits); their logits and window_intercept
-    are added to the window's. None: the frame most like speech decides alone.
+    window_probes, sound_probes: read the window as a whole: raw activations of some of the gate's layers,
+    averaged over its frames by how likely each is speech (softmax of minus the frame logits), and evenly over
+    the frames before the padding; their logits and window_intercept are added to the window's. Without
+    any, the frame most like speech decides alone.
     min_run: the per-frame gate stays shut in stretches of fewer frames than this: a pause inside a sentence
     is speech. margin: it also stays shut for so many frames beside what it took for speech, whose onsets and
     ends are soft.
@@ -45,19 +47,22 @@ class Gate:
     margin: int = 0
     window_probes: tuple[Probe, ...] = ()
     window_intercept: float = 0.0
+    sound_probes: tuple[Probe, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("probes", "window_probes"):
+        for name in PROBES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for what, probes in (("probes", self.probes), ("window probes", self.window_probes)):
+            probes, what = getattr(self, name), name.replace("_", " ")
             layers = [probe.layer for probe in probes]
-            if layers != sorted(set(layers)) or (what == "probes" and not layers):
+            if layers != sorted(set(layers)) or (name == "probes" and not layers):
                 raise UsageError(f"gate has {what} on layers {layers}: expected one each, ascending")
-        if extra := [probe.layer for probe in self.window_probes if probe.layer not in self.layers]:
-            raise UsageError(f"gate has a window probe on layer {extra[0]}: expected some of {self.layers}")
-        if any(probe.kind != "raw" for probe in self.window_probes):
-            raise UsageError("gate has a window probe on latents: expected kind 'raw'")
-        if len({probe.d_model for probe in (*self.probes, *self.window_probes)}) > 1:
+            if extra := [layer for layer in layers if layer not in self.layers]:
+                raise UsageError(
+                    f"gate has a {what[:-1]} on layer {extra[0]}: expected some of {self.layers}"
+                )
+            if name != "probes" and any(probe.kind != "raw" for probe in probes):
+                raise UsageError(f"gate has a {what[:-1]} on latents: expected kind 'raw'")
+        if len({probe.d_model for name in PROBES for probe in getattr(self, name)}) > 1:
             raise UsageError("gate has probes of different d_model: expected those of one model")
         for name in ("intercept", "threshold", "spread", "frame_scale", "frame_bias", "window_intercept"):
             set_number(self, name)
@@ -120,36 +125,46 @@ class Gate:
     @property
     def window_layers(self) -> tuple[int, ...]:
         """Layers whose streams `window_logit` needs, ascending."""
-        return tuple(probe.layer for probe in self.window_probes)
+        return tuple(sorted({probe.layer for probe in (*self.window_probes, *self.sound_probes)}))
 
-    def window_logit(self, frame_logits: Tensor, streams: Mapping[int, Tensor] | None = None) -> Tensor:
-        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides; with window
-        probes, plus what they say.
+    def window_logit(
+        self,
+        frame_logits: Tensor,
+        streams: Mapping[int, Tensor] | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides; with window and
+        sound probes, plus what they say.
 
-        streams: by layer (batch, frames, d_model), at least the `window_layers`. Raises UsageError if one is
-        missing.
+        streams: by layer (batch, frames, d_model), at least the `window_layers`. padding: (batch, frames)
+        bool, see `passing.padding_frames`; None: there is none. Raises UsageError if a stream is missing.
         """
         lowest = frame_logits.amin(dim=-1)
-        if not self.window_probes:
-            return lowest
         streams = streams or {}
         if missing := [layer for layer in self.window_layers if layer not in streams]:
-            raise UsageError(f"the gate's window probes read layers {self.window_layers}: pass {missing[0]}")
+            raise UsageError(
+                f"to judge windows the gate reads layers {self.window_layers}: pass {missing[0]}, too"
+            )
         said = [
             probe.logits(likely_speech(frame_logits, streams[probe.layer])) for probe in self.window_probes
         ]
-        return lowest + torch.stack(said).sum(dim=0) + self.window_intercept
+        said += [probe.logits(mean_of_sound(streams[probe.layer], padding)) for probe in self.sound_probes]
+        return lowest + torch.stack(said).sum(dim=0) + self.window_intercept if said else lowest
 
-    def frame_gate(self, frame_logits: Tensor) -> Tensor:
+    def frame_gate(self, frame_logits: Tensor, shut: Tensor | None = None) -> Tensor:
         """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; 0 below 0.01, in
-        stretches shorter than min_run, and within `margin` frames of where it is shut otherwise."""
+        stretches shorter than min_run, and within `margin` frames of these.
+        shut: (batch, frames) bool, where it is 0, too, but beside which there is no margin."""
         g = torch.sigmoid(self.frame_scale * (frame_logits - self.frame_bias))
         open_ = g >= MIN_FRAME_GATE  # False for NaN, too
+        if shut is not None:
+            open_ = open_ & ~shut
         if self.min_run > 1 and open_.shape[-1] > 0:
             open_ = _long_runs(open_, self.min_run)
         if self.margin > 0 and open_.shape[-1] > 0:
-            shut = F.max_pool1d((~open_).float().unsqueeze(1), 2 * self.margin + 1, 1, self.margin)
-            open_ = shut.squeeze(1) == 0
+            speech = ~open_ if shut is None else ~(open_ | shut)
+            near = F.max_pool1d(speech.float().unsqueeze(1), 2 * self.margin + 1, 1, self.margin)
+            open_ = open_ & (near.squeeze(1) == 0)
         return torch.where(open_, g, torch.zeros_like(g))
 
     def window_threshold(self, alpha: float) -> float:
@@ -164,6 +179,16 @@ def likely_speech(frame_logits: Tensor, x: Tensor) -> Tensor:
     each weighted by the odds exp(-logit) that somebody speaks in it."""
     weights = torch.softmax(-frame_logits.float(), dim=-1).unsqueeze(-2)
     return (weights @ x.float()).squeeze(-2)
+
+
+def mean_of_sound(x: Tensor, padding: Tensor | None) -> Tensor:
+    """(batch, frames, d_model), (batch, frames) bool -> (batch, d_model), float32: the mean of x over the
+    frames that are not padding; over all of a window that is nothing else."""
+    if padding is None:
+        return x.float().mean(dim=-2)
+    sound = ~padding | padding.all(dim=-1, keepdim=True)
+    weights = sound / sound.sum(dim=-1, keepdim=True)
+    return (weights.unsqueeze(-2) @ x.float()).squeeze(-2)
 
 
 def _long_runs(mask: Tensor, length: int) -> Tensor:

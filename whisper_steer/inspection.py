@@ -94,13 +94,15 @@ def _gate(gate: Gate) -> dict[str, Any]:
         "kind": gate.kind,
         "layers": list(gate.layers),
         "features": gate.n_features,
-        "window_layers": list(gate.window_layers),
+        "window_layers": [probe.layer for probe in gate.window_probes],
+        "sound_layers": [probe.layer for probe in gate.sound_probes],
         "smooth": gate.smooth,
         "threshold": gate.threshold,
         "spread": gate.spread,
         "frame_scale": gate.frame_scale,
         "frame_bias": gate.frame_bias,
         "min_run": gate.min_run,
+        "margin": gate.margin,
     }
 
 

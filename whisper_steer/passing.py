@@ -4,6 +4,9 @@ A gate knows who speaks when its last layer is reached. Edits from that layer on
 For edits
 at earlier layers the pass goes back: the stream of the first of them was kept, is edited now, and the blocks
 up to the gate's layer run a second time, only for the windows that the edits change.
+
+Padding behind a clip's end, and digital silence up to the end of the window, says nothing about speech and
+has no sound to take out: gated edits leave it as it is, unless the gate withholds the window anyway.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Step:
     frame_gate: Tensor | None = None  # (batch, frames)
     window_logit: Tensor | None = None  # (batch,)
     streams: dict[int, Tensor] = field(default_factory=dict)  # those that the gate's window probes wait for
+    padding: Tensor | None = None  # (batch, frames) bool, see `padding_frames`; None: not known
 
     @property
     def ready(self) -> bool:
@@ -55,15 +59,35 @@ class Step:
         if layer < gate.layer:
             return False
         logits = gate.smoothed(self.logits)
-        self.frame_gate, self.window_logit = gate.frame_gate(logits), gate.window_logit(logits, self.streams)
+        self.window_logit = gate.window_logit(logits, self.streams, self.padding)
+        self.frame_gate = gate.frame_gate(logits, self._left_alone())
         self.streams.clear()
         return True
+
+    def forget(self) -> None:
+        """Be ready for another pass of the same encoder."""
+        self.logits = self.frame_gate = self.window_logit = self.padding = None
+        self.streams.clear()
+
+    def _left_alone(self) -> Tensor | None:
+        """(batch, frames) bool: the padding of the windows that keep their words."""
+        withheld = self.withholds()
+        return None if self.padding is None or withheld is None else self.padding & ~withheld.unsqueeze(1)
 
     def withholds(self) -> Tensor | None:
         """(batch,) bool: the windows whose words the gate withholds; None without a gate."""
         if self.steering.gate is None or self.window_logit is None:
             return None
         return self.window_logit > self.steering.gate.window_threshold(self.alpha)
+
+
+def padding_frames(mel: Tensor) -> Tensor:
+    """(batch, n_mels, 2 * frames), what goes into the encoder -> (batch, frames) bool: from there to the end
+    of the window every mel frame has one value in all its bins, as where a clip has ended or its samples are
+    zero (or all bins lie more than 80 dB below the loudest: `log_mel_spectrogram` cuts there)."""
+    same = (mel == mel[:, :1, :]).all(dim=1)
+    to_the_end = same.flip(1).cumprod(dim=1).flip(1).bool()
+    return to_the_end[:, ::2]  # the encoder halves the rate
 
 
 def edited_stretches(steps: Sequence[Step], count: int) -> list[tuple[tuple[float, float], ...]]:
@@ -99,6 +123,23 @@ class Pass:
     of_decode: bool
     rewinding: bool = False  # blocks are being run again: they are steered from here, not by their hooks
     _kept: dict[int, Tensor] = field(default_factory=dict)  # outputs of blocks that edits may go back to
+
+    def begin(self, mel: Tensor) -> None:
+        """Look at what the encoder is about to read: mel (batch, n_mels, frames). What an earlier pass has
+        left is forgotten: a runtime may encode some of the windows again, as transformers does for those that
+        it decodes at another temperature."""
+        self._kept.clear()
+        for step in self.steps:
+            step.forget()
+        gated = [
+            step
+            for step in self.steps
+            if (gate := step.steering.gate) is not None and (step.steering.edits or gate.sound_probes)
+        ]
+        if gated:
+            padding = padding_frames(mel)
+            for step in gated:
+                step.padding = padding
 
     def after_block(self, layer: int, output: Tensor, block: RunBlock) -> Tensor | None:
         """What block `layer` is taken to have put out; None: its output as it is. output: (batch, frames,

@@ -139,7 +139,7 @@ class Registry:
         encoder, blocks = self._encoder(model)
         for key in sorted(needed - self._hooks.keys()):
             if key == _BEGIN:
-                self._hooks[key] = encoder.register_forward_pre_hook(self._encoder_begins)
+                self._hooks[key] = encoder.register_forward_pre_hook(self._encoder_begins, with_kwargs=True)
             elif key == _END:
                 # always_call: the pass must be forgotten when the encoder raises, too
                 self._hooks[key] = encoder.register_forward_hook(self._encoder_ends, always_call=True)
@@ -167,11 +167,16 @@ class Registry:
 
     # ---------- encoder hooks
 
-    def _encoder_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _encoder_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._current()
         if current is None or not current.of_decode:
             steps = self._steps()
-            self._local.current = Pass(steps, of_decode=False) if steps else None
+            current = self._local.current = Pass(steps, of_decode=False) if steps else None
+        # by its shape: runtimes and their versions name it differently
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        mel = next((value for value in given if value.ndim == 3), None)
+        if current is not None and mel is not None:
+            current.begin(mel)
 
     def _encoder_ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current = self._current()

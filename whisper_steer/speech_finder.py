@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram
+from whisper.audio import N_FRAMES, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram
 
 from .errors import UsageError
 from .gate import Gate
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .attach import Handle
+    from .backends import Progress
 
 _BATCH = 8  # windows that are encoded together
 _MEL_FRAMES = 2  # of 10 ms, per encoder frame
@@ -51,11 +52,17 @@ class Found:
 
 
 def find_speech(
-    model: Any, handle: Handle, samples: NDArray[np.float32], duration: float, options: GateVad
+    model: Any,
+    handle: Handle,
+    samples: NDArray[np.float32],
+    duration: float,
+    options: GateVad,
+    progress: Progress | None = None,
 ) -> Found:
     """Where somebody speaks, by the gate of `handle`, which must be attached to `model`.
 
-    samples: (n,), mono, 16 kHz, `duration` seconds. Raises UsageError: the steering has no gate.
+    samples: (n,), mono, 16 kHz, `duration` seconds. progress: called with (seconds done, seconds in all).
+    Raises UsageError: the steering has no gate.
     """
     gate = handle.steering.gate
     if gate is None:
@@ -65,7 +72,7 @@ def find_speech(
         )
     encoder = _encoder_of(model)
     gate = handle.on(encoder.conv1.weight.device).gate or gate
-    logits = frame_logits(encoder, gate, samples, options)
+    logits = frame_logits(encoder, gate, samples, options, progress)
     frames = speech_stretches(1 / (1 + np.exp(np.clip(logits, -700, 700))), options)
     seconds = FRAME_MS / 1000
     stretches = tuple(
@@ -102,9 +109,14 @@ class Encoder:
 
 
 def frame_logits(
-    encoder: Encoder, gate: Gate, samples: NDArray[np.float32], options: GateVad
+    encoder: Encoder,
+    gate: Gate,
+    samples: NDArray[np.float32],
+    options: GateVad,
+    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """(n,) samples at 16 kHz -> (frames,): per 20 ms the logit that nobody speaks.
+    """(n,) samples at 16 kHz -> (frames,): per 20 ms the logit that nobody speaks. progress: see
+    `find_speech`.
 
     The log-mel is taken over the whole recording, as by whisper.transcribe.
     """
@@ -112,7 +124,7 @@ def frame_logits(
         np.ascontiguousarray(samples, dtype=np.float32), encoder.conv1.weight.shape[1], padding=N_SAMPLES
     )
     content = mel.shape[-1] - N_FRAMES
-    count = -(-content // _MEL_FRAMES)
+    count, seconds = -(-content // _MEL_FRAMES), len(samples) / SAMPLE_RATE
     if count == 0:
         return np.zeros(0)
     size = min(round(options.window_s * 1000 / FRAME_MS), len(encoder.positions))
@@ -130,6 +142,8 @@ def frame_logits(
                 skip = margin if start else 0
                 end = min(start + size, count)
                 parts[start + skip : end] = part[skip : end - start]
+            if progress is not None:
+                progress(min(end * FRAME_MS / 1000, seconds), seconds)
         return gate.smoothed(parts.unsqueeze(0))[0].double().numpy()
 
 

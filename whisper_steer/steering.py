@@ -17,7 +17,7 @@ from torch import Tensor
 from .edits import Edit, LatentEdit, MeanAblation, Shift, gated
 from .errors import FormatError, MismatchError, UsageError
 from .fileformat import encoder_sha256, load_tensors, model_name, save_tensors
-from .gate import Gate
+from .gate import PROBES, Gate
 from .plaindata import moved, split, with_prefix
 from .probe import Probe
 from .profiles import FrontierPoint, alpha_of, point_at, read_frontier, read_profiles
@@ -31,7 +31,6 @@ _EDIT_TYPES: dict[str, type[Shift] | type[LatentEdit] | type[MeanAblation]] = {
     "shift": Shift, "latents": LatentEdit, "mean_ablation": MeanAblation,
 }  # fmt: skip
 _TYPE_NAMES = {kind: name for name, kind in _EDIT_TYPES.items()}
-_PROBES = ("probes", "window_probes")  # a gate's fields that hold them
 _EMPTY_CARD: dict[str, Any] = {
     "base_model": None,
     "encoder_sha256": None,
@@ -123,11 +122,10 @@ class Steering:
         """The same steering with its tensors on `device`."""
         gate = self.gate
         if gate is not None:
-            gate = replace(
-                gate,
-                probes=tuple(moved(probe, device) for probe in gate.probes),
-                window_probes=tuple(moved(probe, device) for probe in gate.window_probes),
-            )
+            probes: dict[str, Any] = {
+                name: tuple(moved(probe, device) for probe in getattr(gate, name)) for name in PROBES
+            }
+            gate = replace(gate, **probes)
         return replace(self, edits=tuple(moved(edit, device) for edit in self.edits), gate=gate)
 
     def check(self, model: Any, *, strict: bool = True) -> None:
@@ -202,7 +200,7 @@ def _read_edit(record: dict[str, Any], number: int, tensors: dict[str, Tensor]) 
 
 def _gate_record(gate: Gate, tensors: dict[str, Tensor]) -> dict[str, Any]:
     plain = split(gate, "gate.", tensors)
-    for name in _PROBES:
+    for name in PROBES:
         probes = [split(probe, f"gate.{name}.{n}.", tensors) for n, probe in enumerate(getattr(gate, name))]
         plain[name] = probes
     return plain
@@ -214,6 +212,6 @@ def _read_gate(record: dict[str, Any], tensors: dict[str, Tensor]) -> Gate:
             Probe(**{**plain, **with_prefix(f"gate.{name}.{n}.", tensors)})
             for n, plain in enumerate(record.get(name, ()))
         )
-        for name in _PROBES
+        for name in PROBES
     }
     return Gate(**{**record, **probes})

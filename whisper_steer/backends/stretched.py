@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from . import Backend, Progress
 
 _MEL_FRAMES_PER_SECOND = 100
+_FINDING = 1 / 3  # about what looking for the speech takes of the whole work
 
 
 def check_vad(vad: str | GateVad) -> GateVad:
@@ -74,8 +75,9 @@ class StretchedBackend:
         with self._alone(model), self._steered(model) as handles:
             handle = next((handle for handle in handles if handle.steering.gate), handles[0])
             duration = len(audio) / SAMPLING_RATE
-            found = find_speech(model, handle, audio, duration, self._options)
-            one_by_one = _OneByOne(make_backend(self._name, model), audio, options, progress)
+            finding, writing = _in_turn(progress)
+            found = find_speech(model, handle, audio, duration, self._options, finding)
+            one_by_one = _OneByOne(make_backend(self._name, model), audio, options, writing)
             silent = [
                 self._left_out(one_by_one, found, stretch, handle.decode_withheld)
                 for stretch in gaps(found.stretches, duration)
@@ -106,6 +108,16 @@ class StretchedBackend:
         limit = float(np.log((1 - threshold) / threshold))
         text = one_by_one.text(stretch) if decode else None
         return LeftOut(*stretch, text, probability(logit), None, None, logit, limit)
+
+
+def _in_turn(progress: Progress | None) -> tuple[Progress | None, Progress | None]:
+    """Of looking for the speech and of transcribing it: both pass over the whole recording."""
+    if progress is None:
+        return None, None
+    return (
+        lambda done, total: progress(_FINDING * done, total),
+        lambda done, total: progress(total - (1 - _FINDING) * (total - done), total),
+    )
 
 
 class _OneByOne:
