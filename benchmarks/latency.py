@@ -6,17 +6,16 @@
     python -m benchmarks.latency --quick --clock cpu --threads 1       # on a machine that others use, too
 
 Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads
-m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents), and
-what the bundled steering has: a gate on the first and last block, silence (MeanAblation) at the first.
-early_speech: the gate stays shut, as in a window full of speech; early_gap: it opens for about half of the
-frames, so that the blocks behind the edit run a second time. A ratio is the median over rounds of steered /
-plain, which take turns; encoder_low and encoder_high: the 95 % interval of that median (lowest and highest of
-fewer than nine rounds). Where a round is short there are more of them, until they take 3 s
-(1 s with --quick). Models have
-random weights (see latency_runtimes). faster-whisper bakes every shift; whisper.cpp can do nothing else, one
-window at a time. alpha_change (faster-whisper): the encoder_seconds that a new alpha of a Shift costs at the
-next window. The last row, nonspeech, is the bundled mini.en on its noise clip: a withheld window need not be
-decoded.
+m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents, 50 of
+them active in a frame), and with an edit before the gate's layer: a gate on the first and last block, silence
+(MeanAblation) at the first. early_speech: the gate stays shut, as in a window full of speech; early_gap: it
+opens for about half of the frames, so that the blocks behind the edit run a second time. A ratio is the
+median over rounds of steered / plain, which take turns; encoder_low and encoder_high: the 95 % interval of
+that median (lowest and highest of fewer than nine rounds). Where a round is short there are more of them,
+until they take 3 s (1 s with --quick). Models have random weights (see latency_runtimes). faster-whisper
+bakes every shift; whisper.cpp can do nothing else, one window at a time. alpha_change (faster-whisper): the
+encoder_seconds that a new alpha of a Shift costs at the next window. The last row, nonspeech, is the bundled
+mini.en on its noise clip: a withheld window need not be decoded.
 
 Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
 encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
@@ -155,10 +154,11 @@ def measure(
     shape: str,
     batch: int,
     modes: Sequence[tuple[str, int | None]],
+    spread: float,
     args: argparse.Namespace,
     late: Callable[[], bool],
 ) -> Iterator[Row]:
-    """A row per mode for one model. late: is it time to stop?"""
+    """A row per mode for one model. spread: see `steering_for`. late: is it time to stop?"""
     from benchmarks.latency_runtimes import WINDOW_SECONDS, dimensions, sound, steering_for
 
     audio = sound(batch)
@@ -173,7 +173,7 @@ def measure(
     clock, device = CLOCKS[args.clock], args.device
     seconds = QUICK_ROW_SECONDS if args.quick else ROW_SECONDS
     for mode, m in modes:
-        steering = steering_for(mode, m, dimensions(shape))
+        steering = steering_for(mode, m, dimensions(shape), spread=spread)
         on = (
             partial(runtime.baked, steering.edits[0])
             if mode == "shift_baked"
@@ -237,7 +237,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """All rows; prints what it is at, and what is left out, to stderr."""
-    from benchmarks.latency_runtimes import MAKERS, random_model
+    from benchmarks.latency_runtimes import MAKERS, random_model, stream_spread
 
     start = time.perf_counter()
 
@@ -247,6 +247,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows = [nonspeech(args.rounds, args.device, CLOCKS[args.clock])]
     made: tuple[str, str] | None = None
     runtime: Any = None
+    spread = 1.0
     for name, shape, batch in settings(args):
         label = f"{name}, {shape}, batch {batch}"
         if late():
@@ -255,12 +256,15 @@ def run(args: argparse.Namespace) -> list[Row]:
         print(f"latency: {label}", file=sys.stderr, flush=True)
         if made != (name, shape):
             runtime = None  # let go of the last model first
-            runtime, made = MAKERS[name](random_model(shape), args.device), (name, shape)
+            model = random_model(shape)
+            spread = stream_spread(model, args.device)
+            runtime, made = MAKERS[name](model, args.device), (name, shape)
+            del model  # a runtime that has weights of its own shall not be charged for these
         if name == "faster" and batch == 1:
             rows.append(alpha_change(runtime, name, shape, args.rounds, CLOCKS[args.clock]))
         brief = (*SHORT_MODES, *(EARLY_MODES if batch == 1 else ()))
         modes = modes_of(name, brief if args.quick and (shape != "tiny" or batch > 1) else None)
-        for done, row in enumerate(measure(runtime, name, shape, batch, modes, args, late), 1):
+        for done, row in enumerate(measure(runtime, name, shape, batch, modes, spread, args, late), 1):
             rows.append(row)
             if late() and done < len(modes):
                 print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,8 @@ _SIZES = {  # d_model, heads, encoder blocks, decoder blocks, mels, vocabulary
 }
 SHAPES = tuple(_SIZES)
 EXPANSION = 8  # latents of the reconstructing SAE per stream dimension
-_ACTIVE = 2.0  # threshold in standard deviations: about one latent in forty is active
+PAPER_L0 = 50  # latents of the reconstructing SAE that are active in a frame (AudioSAE's operating point)
+_ACTIVE = 2.0  # other latents' threshold in standard deviations: about one in forty is active
 _SMOOTH = 25  # frames, as the bundled gate's
 
 
@@ -75,26 +77,47 @@ def sound(batch: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, N_SAMPLES, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0) -> Steering:
+def stream_spread(model: Whisper, device: str = "cpu") -> float:
+    """Standard deviation of the last block's output while `sound` is encoded on device: what latents read.
+    The model is left on the CPU."""
+    model.to(device)
+    found: list[Tensor] = []
+    hook = model.encoder.blocks[-1].register_forward_hook(lambda *args: found.append(args[2]))
+    mel = log_mel_spectrogram(sound(1), model.dims.n_mels, device=model.device)[..., :N_FRAMES]
+    try:
+        with torch.no_grad():
+            model.encoder(mel)
+    finally:
+        hook.remove()
+        model.cpu()
+    return float(found[0].std())
+
+
+def steering_for(
+    mode: str, m: int | None, dims: ModelDimensions, seed: int = 0, spread: float = 1.0
+) -> Steering:
     """A random steering of the last block, like the papers'; its gate withholds nothing and opens for about
     half of the frames. early_speech, early_gap: a gate on the first and last block, silence at the first; in
-    the former, the gate opens nowhere."""
+    the former, the gate opens nowhere. spread: `stream_spread` of the last block, so that as many of its
+    latents are active as in an SAE that was fitted on the stream; what they cost depends on it."""
     width, layer = dims.n_audio_state, dims.n_audio_layer - 1
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count: int) -> Tensor:
         return torch.randn(count, width, generator=generator) / width**0.5
 
-    def latents(count: int, **form: Any) -> LatentEdit:
+    def latents(count: int, threshold: float = _ACTIVE, **form: Any) -> LatentEdit:
         return LatentEdit(
-            layer, rows(count), torch.zeros(count), torch.full((count,), _ACTIVE), rows(count), "add",
-            torch.full((count,), 0.1), 1.0, **form,
+            layer, rows(count), torch.zeros(count), torch.full((count,), threshold * spread), rows(count),
+            "add", torch.full((count,), 0.1), 1.0, **form,
         )  # fmt: skip
 
     if mode.startswith("shift"):
         return Steering((Shift(layer, rows(1)[0], 1.0),))
     if mode == "reconstruction":
-        return Steering((latents(EXPANSION * width, reconstruct=True, b_dec=torch.zeros(width)),))
+        every = EXPANSION * width
+        threshold = NormalDist().inv_cdf(1 - min(PAPER_L0, every // 2) / every)
+        return Steering((latents(every, threshold, reconstruct=True, b_dec=torch.zeros(width)),))
     count = m or 100
     if mode == "latents":
         return Steering((latents(count),))
@@ -103,7 +126,7 @@ def steering_for(mode: str, m: int | None, dims: ModelDimensions, seed: int = 0)
         coef = torch.randn(size, generator=generator)
         return Probe(
             at, "latents", coef - coef.mean(), rows(size), torch.zeros(size),
-            torch.full((size,), _ACTIVE), torch.ones(size),
+            torch.full((size,), _ACTIVE * spread), torch.ones(size),
         )  # fmt: skip
 
     def gated(*probes: Probe, bias: float = 0.0) -> Gate:

@@ -160,6 +160,7 @@ def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
 
     from benchmarks.peers.ours import steering_of
     from calibration.activations import encode_windows, window_mels
+    from whisper_steer.passing import padding_frames
 
     try:
         gate = steering_of(setup).gate
@@ -171,9 +172,11 @@ def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:
     waiting: list[tuple[str, torch.Tensor]] = []
 
     def flush() -> None:
-        encoded = encode_windows(setup.model, torch.stack([mel for _, mel in waiting]), gate.layers).cpu()
+        mels = torch.stack([mel for _, mel in waiting])
+        encoded = encode_windows(setup.model, mels, gate.layers).cpu()
         streams = dict(zip(gate.layers, encoded, strict=True))
-        found = torch.sigmoid(gate.window_logit(gate.frame_logits(streams), streams)).tolist()
+        logits = gate.window_logit(gate.frame_logits(streams), streams, padding_frames(mels.cpu()))
+        found = torch.sigmoid(logits).tolist()
         for (name, _), score in zip(waiting, found, strict=True):
             scores[name] = min(score, scores.get(name, 1.0))
         waiting.clear()

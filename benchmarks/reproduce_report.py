@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from benchmarks.files import write_whole
-from benchmarks.plots import COLOURS, MARKERS
+from benchmarks.plots import COLOURS, MARKERS, label_apart
 from benchmarks.published import LIBRISPEECH, VECTOR_SETS, Cell, Condition, Table
 from calibration.evaluate import NSP_THRESHOLD
 
@@ -30,7 +30,6 @@ MEASURES = {
     "nsp_fpr": "FPR %", "hr": "HR %", "text_fpr": "text-FPR %", "tpr": "TPR %", "wer": "WER %", "f1": "F1",
 }  # fmt: skip
 COLUMNS_AT_ONCE = 4  # of a printed table
-LABELS_AT_ONCE = 4  # of points that lie together
 BINS = 25  # of a distribution
 
 ROW_KEYS = (
@@ -187,7 +186,7 @@ def steering_picture(table: Table, result: Reproduction, subtitle: str) -> bytes
     figure = _figure(9, 6, 1)
     axes = figure.add_subplot()
     drawn = 0
-    places: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
+    places: dict[tuple[float, float], list[str]] = {}
     for number, k in enumerate(sorted({row.k for row in table.rows})):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for filled in (True, False):
@@ -201,25 +200,22 @@ def steering_picture(table: Table, result: Reproduction, subtitle: str) -> bytes
                 color=colour, marker=marker,
             )  # fmt: skip
             for row, (x, y) in points:
-                places.setdefault((round(x), round(10 * math.log(y))), ((x, y), []))[1].append(
-                    f"{row.vector} k {row.k} α {row.alpha:g}"
-                )
+                places.setdefault((x, y), []).append(f"{row.vector} k {row.k} α {row.alpha:g}")
     if not drawn:
         return None
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    for place, names in places.values():  # points that lie together share one list of names
-        shown = names if len(names) <= LABELS_AT_ONCE else [*names[: LABELS_AT_ONCE - 1], "..."]
-        axes.annotate(
-            "\n".join(shown), place, (7, 3), textcoords="offset points", fontsize=6.5, color="#555555"
-        )
     axes.set_xlabel(f"no_speech_prob < 0.5 on non-speech, mean over {', '.join(VECTOR_SETS)}, %")
     axes.set_ylabel("word error rate on speech, %")
     axes.legend(frameon=False, fontsize=9)
+    axes.margins(0.12)
     _tidy(axes)
-    return _png(figure, "SAE steering: false positives against recognition", subtitle)
+    title = "SAE steering: false positives against recognition"
+    _png(figure, title, subtitle)  # settles the layout, in which the labels look for room
+    label_apart(axes, places)
+    return _png(figure, title, subtitle)
 
 
 def _point(table: Table, result: Reproduction, row: Condition, measured: bool) -> tuple[float, float] | None:

@@ -145,6 +145,20 @@ def test_every_mode_changes_what_it_should(mode, m):
         assert float(opened) == 0 if mode == "early_speech" else 0 < float(opened)
 
 
+def test_as_many_latents_are_active_as_in_a_fitted_sae():
+    """Whatever the stream's scale; the papers' reconstruction at its operating point."""
+    model = brief_whisper()
+    found = []
+    model.encoder.blocks[-1].register_forward_hook(lambda *args: found.append(args[2]))
+    spread = latency_runtimes.stream_spread(model)
+    assert spread == pytest.approx(float(found[0].std()))
+    dims = latency_runtimes.dimensions("tiny")
+    x = 1.7 * torch.randn(400, dims.n_audio_state, generator=torch.Generator().manual_seed(1))
+    for mode, m, share in (("reconstruction", None, 50 / 3072), ("latents", 100, 0.0228)):
+        (edit,) = latency_runtimes.steering_for(mode, m, dims, spread=1.7).edits
+        assert float((edit.codes(x) > 0).float().mean()) == pytest.approx(share, rel=0.1)
+
+
 @pytest.mark.parametrize("mode", latency.EARLY_MODES)
 def test_blocks_run_again_only_where_the_gate_opens(mode):
     model = brief_whisper()
@@ -189,7 +203,7 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
     """The clock stands still until the first row, then jumps past the end."""
     now = [0.0]
 
-    def one_row(runtime, name, shape, batch, modes, args, late):
+    def one_row(runtime, name, shape, batch, modes, spread, args, late):
         assert modes == list(latency.MODES)
         assert not late()
         now[0] = latency.QUICK_SECONDS + 1
@@ -201,6 +215,7 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
     monkeypatch.setattr(latency, "nonspeech", lambda rounds, device, clock: replace(ROW, mode="nonspeech"))
     monkeypatch.setattr(latency, "measure", one_row)
     monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: None)
+    monkeypatch.setattr(latency_runtimes, "stream_spread", lambda model, device: 1.0)
     monkeypatch.setitem(latency_runtimes.MAKERS, "openai", lambda model, device: None)
     rows = latency.run(latency.parser().parse_args(["--quick", "--rounds", "1", "--runtimes", "openai"]))
     assert [row.mode for row in rows] == ["shift_baked", "nonspeech"]
