@@ -169,6 +169,7 @@ def ask(
     if seconds <= 0:
         return LATE
     environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads), "PYTHONPATH": ""}
+    environment |= environments.variables(request.device)
     if library == "openai":
         # on no package index: a checkout, run with this environment's torch
         if not (folder / library / "sparse_autoencoder").is_dir():

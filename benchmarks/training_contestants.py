@@ -179,6 +179,7 @@ def train(
 def _answer(arguments: Sequence[str], setting: Setting) -> Mapping[str, Any]:
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= environments.variables(setting.device)
     # our own script finds calibration also where the package was not installed; peers must see only theirs
     environment["PYTHONPATH"] = root if arguments[0] == sys.executable else ""
     try:

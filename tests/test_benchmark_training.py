@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -310,15 +311,20 @@ def test_the_worker_serves_batches_in_order_and_saves_the_weights(
     }  # fmt: skip
 
 
-def test_peak_memory_counts_what_training_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PEERS))
-    import worker
-
-    before = worker.resident_bytes()
-    block = np.ones(64 * 2**20 // 8)
-    assert worker.resident_bytes() - before > 50 * 2**20
-    assert worker.peak_resident_bytes() >= worker.resident_bytes() - 2**20
-    assert block[0] == 1
+def test_peak_memory_counts_what_training_allocates() -> None:
+    """In a process of its own: one that ran other tests may hold freed memory that the block goes into."""
+    program = """
+import json, numpy, worker
+before = worker.resident_bytes()
+block = numpy.ones(64 * 2**20 // 8)
+print(json.dumps([before, worker.resident_bytes(), worker.peak_resident_bytes(), block[0]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PEERS
+    )
+    before, with_block, peak, _ = json.loads(done.stdout)
+    assert 60 * 2**20 < with_block - before < 80 * 2**20
+    assert peak >= with_block - 2**20
 
 
 @pytest.mark.slow
@@ -386,7 +392,8 @@ def test_the_common_form_reconstructs_as_the_library_does(contestant: Contestant
     python = environments.interpreter(folder, contestant.library).absolute()
     done = subprocess.run(
         [str(python), "-c", OWN_RECONSTRUCTION, str(PEERS), f"train_{contestant.library}", str(request_file)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environments.variables("cpu")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     difference, error = map(float, done.stdout.split()[-2:])
@@ -458,7 +465,7 @@ def test_environments_are_made_once(tmp_path: Path, commands: list[list[str]]) -
     made = [command for command in commands if "venv" in command]
     assert [Path(command[-1]).name for command in made] == list(environments.ENVIRONMENTS)
     installs = [command[command.index("install") + 1 :] for command in commands if "install" in command]
-    assert installs[0] == ["torch==9", "--index-url", "URL"]
+    assert installs[0][-3:] == ["torch==9", "--index-url", "URL"]
     assert "eai-sparsify==1.3.3" in installs[1] and installs[1][-1] == "torch==9"
     assert ["torchvision"] == [command[-1] for command in commands if "uninstall" in command]
     count = len(commands)
@@ -476,7 +483,28 @@ def test_a_failed_environment_does_not_stop_the_others(
     with pytest.raises(UsageError, match=r"could not make sae_lens \(ERROR: No matching distribution"):
         environments.make(tmp_path, say=lambda _text: None)
     assert (tmp_path / "dictionary_learning" / environments.STAMP).is_file()
-    assert not (tmp_path / "sae_lens" / environments.STAMP).is_file()
+    assert not (tmp_path / "sae_lens").exists()  # half of an environment only fills the disk
+
+
+def test_a_full_disk_is_told_before_anything_is_installed(
+    tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=1.44e9)
+    monkeypatch.setattr(environments.shutil, "disk_usage", lambda _folder: free)
+    with pytest.raises(UsageError, match=r"sparsify \(1\.4 GB are free at .*, 1\.5 GB are needed: "):
+        environments.make(tmp_path, say=lambda _text: None)
+    assert commands == []
+
+
+def test_an_environment_sees_our_packages_behind_its_own(tmp_path: Path) -> None:
+    """Really made, of nothing: torch is found where our Python finds it, and whisper_steer is not there."""
+    nothing = environments.Environment((), "torch")
+    environments._install(tmp_path / "empty", nothing, ["torch"])
+    probe = "import importlib.util, pip, torch; print(torch.__file__, pip.__file__, sep='\\n')"
+    python = str(environments.interpreter(tmp_path, "empty"))
+    done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True, cwd=tmp_path)
+    found, own = done.stdout.split()
+    assert found == torch.__file__ and Path(own).is_relative_to(tmp_path)
 
 
 def test_a_failing_command_is_its_last_line() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.peers import environments
 from whisper_steer.interop import load_foreign, save_saelens, save_sparsify
 from whisper_steer.sae import SparseAutoencoder
 
@@ -48,11 +49,13 @@ EXPORTED = {
 
 def run(name: str, folder: Path) -> dict[str, Tensor]:
     """What the library computes; the files that it made are below folder/made."""
-    python = Path(os.environ.get("WHISPER_STEER_PEERS", "out/peers")) / name / "bin" / "python"
-    if not python.is_file():
-        pytest.skip(f"no environment for {name} at {python}: make bench-env")
+    problem = environments.missing(environments.default_folder(), name)
+    if problem:
+        pytest.skip(problem)
+    python = environments.interpreter(environments.default_folder(), name)
     save_file({"x": inputs()}, folder / "x.safetensors")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment |= environments.variables("cpu")
     command = [str(python.absolute()), str(SCRIPTS / f"{name}.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr

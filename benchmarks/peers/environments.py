@@ -1,7 +1,9 @@
 """Virtual environments of the libraries that `benchmarks.training` compares with, one each under one folder.
 
-Their pins collide with each other's, so none shares an environment with another or with whisper_steer. A
-stamp file says what was installed; an environment with the right stamp is left alone.
+Their pins collide with each other's, so none shares an environment with another. What whisper_steer's own
+environment has is seen from each, behind its own packages, and not installed again: torch alone is gigabytes,
+and rivals should run on the same one. A stamp file says what was installed; an environment with the right
+stamp is left alone, one that could not be made is taken away again.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,9 @@ from whisper_steer.errors import UsageError
 
 TORCH = "torch==2.13.0"
 STAMP = "stamp.json"
+SHARED = "whisper_steer_shared.pth"
+# 0.3 GB stay, pip unpacks more on the way; another torch than ours is not counted
+ROOM = 1.5e9
 FOLDER = Path("out/peers")
 
 
@@ -67,6 +74,14 @@ def interpreter(folder: Path, name: str) -> Path:
     return folder / name / "bin" / "python"
 
 
+def variables(device: str) -> dict[str, str]:
+    """What a library's process needs to be told to compute on the device.
+
+    sparsify decodes with Triton wherever it can import it, and Triton has nothing for a CPU's tensors.
+    """
+    return {} if device.startswith("cuda") else {"SPARSIFY_DISABLE_TRITON": "1"}
+
+
 def missing(folder: Path, name: str) -> str | None:
     """Why the environment cannot be used, in one line; None if it can."""
     if interpreter(folder, name).is_file():
@@ -95,21 +110,36 @@ def make(folder: Path, *, torch: str = TORCH, say: Callable[[str], None] = print
 def _make_one(folder: Path, environment: Environment, torch: Sequence[str]) -> str:
     """What was done, for the user."""
     wanted = {"torch": list(torch), "requirements": list(environment.requirements)}
-    stamp = folder / STAMP
-    if _read(stamp) == wanted and (folder / "bin" / "python").is_file():
+    if _read(folder / STAMP) == wanted and interpreter(folder.parent, folder.name).is_file():
         return "ready"
-    python = str((folder / "bin" / "python").absolute())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        need = f"{ROOM / 1e9:.1f} GB are needed: make room"
+        raise UsageError(f"{free / 1e9:.1f} GB are free at {folder}, {need}")
+    try:
+        _install(folder, environment, torch)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half of one only fills the disk
+        raise
+    write_whole(folder / STAMP, json.dumps(wanted, indent=1))
+    return f"installed {', '.join(environment.requirements)}"
+
+
+def _install(folder: Path, environment: Environment, torch: Sequence[str]) -> None:
+    python = str(interpreter(folder.parent, folder.name).absolute())
     if not Path(python).is_file():
         _run([sys.executable, "-m", "venv", "--clear", str(folder)])
+    ours = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
+    for own in folder.glob("lib*/python*/site-packages"):
+        write_whole(own / SHARED, "".join(f"{path}\n" for path in sorted(ours)))
     pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "install", *torch])
+    _run([*pip, "install", "--no-cache-dir", *torch])
     pinned = [part for part in torch if part.startswith("torch")]
-    _run([*pip, "install", *environment.requirements, *pinned])
+    _run([*pip, "install", "--no-cache-dir", *environment.requirements, *pinned])
     if environment.without:
         _run([*pip, "uninstall", "--yes", *environment.without])
     _run([python, "-c", f"import {environment.imports}"])
-    write_whole(stamp, json.dumps(wanted, indent=1))
-    return f"installed {', '.join(environment.requirements)}"
 
 
 def _read(stamp: Path) -> object:
