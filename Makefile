@@ -53,7 +53,7 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes/$(SAES)-seed0 --labels $(OUT)/labels.jsonl \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --no-causal --out $(OUT)/fit
 	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
-	  --corpus $(OUT)/corpus --gate-kind any --share 0.001 --no-refit --edits additive_l3_k50 \
+	  --corpus $(OUT)/corpus --gate-kind any --no-refit --edits additive_l3_k50 \
 	  --screened 12 --finalists 1 --heard 60 --joined 40 --frontier 120 --out $(MODEL)
 	@cp $(OUT)/saes/$(SAES)-seed0/layer_*.safetensors $(MODEL)/
 	@mkdir -p $(MODEL)/seed1 && cp $(OUT)/saes/$(SAES)-seed1/layer_*.safetensors $(MODEL)/seed1/

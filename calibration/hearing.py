@@ -20,7 +20,7 @@ from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics, w
 from calibration.fit_files import Fit
 from calibration.hallucinations import label_clips
 from calibration.joined import join_clips
-from calibration.selection import Budget, CalibrationClip
+from calibration.selection import Budget, CalibrationClip, share_upper_end
 from whisper_steer.attach import steer
 from whisper_steer.errors import UsageError
 from whisper_steer.steering import Steering
@@ -76,6 +76,7 @@ class Heard:
             like a gain.
         rise_hi: upper end of its 95 % bootstrap interval (clips drawn with replacement).
         emptied: share of the speech clips of all sets that came back without words and had some before.
+        emptied_hi: upper end of its 95 % bootstrap interval.
     """
 
     transcripts: Mapping[tuple[str, str], ClipTranscript]
@@ -84,6 +85,7 @@ class Heard:
     rise: float
     rise_hi: float
     emptied: float = 0.0
+    emptied_hi: float = 0.0
 
 
 UNDERSTOOD = 0.5  # plain WER up to which a set counts as understood
@@ -115,6 +117,7 @@ def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscri
         float(plain_errors / words),
         *_rise(np.concatenate(understood or tables)),
         float(np.mean(emptied)),
+        share_upper_end(sum(emptied), len(emptied)),
     )
 
 

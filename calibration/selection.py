@@ -56,7 +56,8 @@ class Budget:
     Attributes:
         wer_rise: of the WER over all speech clips, absolute (0.001 = 0.1 percentage points), held against
             the upper end of the rise's 95 % bootstrap interval.
-        share: of all speech clips that lose words to withholding.
+        share: of all speech clips that lose words to withholding, held against the upper end of its
+            interval, too (`share_upper_end`): 0.002 is one clip in 1,500 or more, and none of fewer.
         set_share: the same within any one set.
     """
 
@@ -205,7 +206,7 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
                 lost[number] = clip.set
             else:
                 lost.pop(number, None)
-        within = len(lost) <= budget.share * len(speech)
+        within = share_upper_end(len(lost), len(speech)) <= budget.share
         within &= all(
             list(lost.values()).count(name) <= budget.set_share * size for name, size in sizes.items()
         )
@@ -215,6 +216,14 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
     others = [window_logits[row] for clip in clips if not clip.is_speech for row in clip.rows]
     above = [value for value in others if value > floor]
     return float((floor + min(above)) / 2) if above else float(floor)
+
+
+def share_upper_end(lost: int, clips: int) -> float:
+    """Upper end of the 95 % bootstrap interval of lost / clips, without drawing: how many of the lost ones
+    `clips` draws with replacement hold is binomial. 0 where nothing is lost."""
+    from scipy.stats import binom
+
+    return float(binom.ppf(0.975, clips, lost / clips)) / clips if lost else 0.0
 
 
 def _upper_end(words: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path("out/steering"), help="folder for the steering files"
     )
     parser.add_argument("--wer-rise", type=float, default=Budget.wer_rise, help="budget, 0.001 = 0.1 points")
-    parser.add_argument("--share", type=float, default=Budget.share, help="speech clips that may lose words")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=Budget.share,
+        help="of speech clips that may lose words, by the upper end of its interval",
+    )
     parser.add_argument("--gate-kind", choices=GATE_KINDS, default="latents", help="which gates may win")
     for field, what in (
         ("screened", "windows on which every edit is screened"),

@@ -201,7 +201,7 @@ def find_winner(
             logger.info(
                 "%s, %d frames: WER %+.5f, up to %+.5f", chosen.name, min_run, heard.rise, heard.rise_hi
             )
-            if heard.rise_hi <= budget and heard.emptied <= calibration.budget.share:
+            if heard.rise_hi <= budget and heard.emptied_hi <= calibration.budget.share:
                 recipes = [calibration.fit.recipes[name] for name in chosen.name.split("+")]
                 record["edit"] = {**candidate_record(chosen), "recipes": recipes}
                 steering = Steering(chosen.edits, gate, _bare(calibration))

@@ -41,6 +41,14 @@ def test_nonspeech_clips_have_no_words_to_lose():
     assert compare(clips[:1], [heard("")]).rise == 0
 
 
+def test_emptied_clips_are_told_with_the_end_of_their_interval():
+    clips = [clip(name, WORDS) for name in "abcdefghij"]
+    found = compare(clips, [heard(""), *[heard(WORDS)] * 9])
+    assert found.emptied == pytest.approx(0.1)
+    assert found.emptied_hi == pytest.approx(0.3)  # P(more than 3 of 10 draws) < 2.5 %
+    assert compare(clips, [heard(WORDS)] * 10).emptied_hi == 0
+
+
 def test_senseless_budgets_and_efforts_are_refused():
     with pytest.raises(UsageError, match="wer_rise is nan"):
         Budget(wer_rise=float("nan"))

@@ -12,6 +12,7 @@ from calibration.selection import (
     choose_gate,
     evaluate_threshold,
     lowest_threshold,
+    share_upper_end,
     smoothed,
     with_frame_gate,
     with_spread,
@@ -66,10 +67,20 @@ def test_threshold_goes_down_to_the_first_window_that_costs_too_much():
     result = evaluate_threshold(clips, logits, strict)
     assert result.wer == 0 and result.lost["all"] == 0
     # one clip in ten may go: 10 % of the words, up to 30 % by the interval (three draws of that clip in ten)
-    loose = lowest_threshold(clips, logits, Budget(wer_rise=0.3, share=0.1, set_share=0.1))
+    loose = lowest_threshold(clips, logits, Budget(wer_rise=0.3, share=0.3, set_share=0.1))
     assert -1 <= loose < 0 and evaluate_threshold(clips, logits, loose).lost["all"] == pytest.approx(0.1)
-    for tight in (Budget(0.29, 0.1, 0.1), Budget(0.3, 0.05, 0.1), Budget(0.3, 0.1, 0.05)):
+    for tight in (Budget(0.29, 0.3, 0.1), Budget(0.3, 0.29, 0.1), Budget(0.3, 0.3, 0.05)):
         assert lowest_threshold(clips, logits, tight) >= 0
+
+
+def test_the_share_of_lost_clips_is_held_against_the_end_of_its_interval():
+    assert share_upper_end(0, 5) == 0.0
+    # of ten draws with one lost clip in ten: at most 3 in 97.5 % of cases (P(<= 2) = 0.930, P(<= 3) = 0.987)
+    assert share_upper_end(1, 10) == pytest.approx(0.3)
+    drawn = np.random.default_rng(0).binomial(1165, 2 / 1165, size=200_000)
+    assert share_upper_end(2, 1165) == pytest.approx(np.quantile(drawn, 0.975) / 1165)
+    # 0.2 %: one clip in 1,500, none of fewer
+    assert share_upper_end(1, 1400) > Budget().share >= share_upper_end(1, 1500)
 
 
 def test_between_speech_and_the_rest_the_threshold_takes_the_middle():
