@@ -24,8 +24,9 @@ SMOOTHINGS = (9, 15, 21, 31)
 SHUT = 0.9999  # share of speech frames on which no edit may act
 MIN_RUN = 50  # frames (1 s): shorter pauses stay as they are
 MARGIN = 15  # frames (0.3 s) beside speech that stay as they are
-# gates are compared at several budgets at once: one more or one less lost clip must not decide
-_BUDGET_FACTORS = (0.5, 1.0, 2.0, 4.0)
+# gates are compared at several budgets at once: one more or one less lost clip must not decide. Upwards,
+# since the budget is an interval's end: it allows few clips or none, and less than that would be the same.
+_BUDGET_FACTORS = (1.0, 2.0, 4.0, 8.0)
 _DRAWS = 2000
 
 
