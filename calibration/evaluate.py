@@ -93,6 +93,18 @@ def _resampled(count: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(count, shares, size=resamples).astype(np.float64)
 
 
+def group_draws(groups: Sequence[str], draws: int, seed: int) -> np.ndarray:
+    """(draws, clips) float64: how often each clip is drawn when whole groups are drawn with replacement.
+
+    Clips of one recording, one source or one speaker go wrong together: they are drawn together or not at
+    all. As many groups are drawn as there are, so a draw's number of clips varies with the groups' sizes.
+    """
+    names, of_clip = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    if len(names) == 0:
+        return np.zeros((draws, 0))
+    return _resampled(len(names), seed, draws)[:, of_clip.reshape(-1)]
+
+
 def bootstrap_share(events: Sequence[bool] | np.ndarray, *, seed: int = 0, resamples: int = 1000) -> Rate:
     """Share of true events with its interval."""
     hits = np.asarray(events, dtype=np.float64)

@@ -10,6 +10,7 @@ from calibration.evaluate import (
     counts_as_speech_nsp,
     escapes_skip_rule,
     evenly,
+    group_draws,
     nonspeech_metrics,
     normalise,
     speech_metrics,
@@ -100,6 +101,25 @@ def test_bootstrap_repeats_with_its_seed_and_resamples_clips_not_words():
     assert first == bootstrap_ratio(errors, words, seed=3)
     assert first != bootstrap_ratio(errors, words, seed=4) or first.hi >= 0.5
     assert first.value == 0.25 and first.lo == 0.0 and first.hi >= 0.5  # one bad clip: wide
+
+
+def test_groups_are_drawn_whole():
+    groups = ["b", "a", "b", "c", "a"]
+    drawn = group_draws(groups, 400, seed=2)
+    assert drawn.shape == (400, 5) and drawn.dtype == np.float64
+    assert (drawn[:, 0] == drawn[:, 2]).all() and (drawn[:, 1] == drawn[:, 4]).all()
+    assert (drawn[:, [0, 1, 3]].sum(axis=1) == 3).all()  # as many groups as there are
+    assert abs(drawn.mean(axis=0) - 1).max() < 0.15
+    assert (drawn == group_draws(groups, 400, seed=2)).all()
+    assert (drawn != group_draws(groups, 400, seed=3)).any()
+    assert group_draws([], 3, seed=0).shape == (3, 0)
+
+
+def test_groups_of_one_clip_are_drawn_as_clips_are():
+    drawn = group_draws(["c", "a", "b"], 50, seed=1)
+    assert (drawn.sum(axis=1) == 3).all()
+    wide = group_draws(["x"] * 4, 10, seed=1)
+    assert (wide == 1).all()  # a single group: nothing varies
 
 
 def test_bootstrap_rejects_other_shapes():
