@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calibration.decoding import ClipTranscript
 
 GROUP = 8  # clips that plain Whisper decodes together
+FIT_VERSION = 2  # raise when methods are fitted in another way, or on other clips
 Tick = Callable[[], object]
 
 
@@ -120,14 +121,23 @@ def listen(
     return [kept[record.id, record.crc].heard for _, record in clips]
 
 
+def plain_fingerprint(crc: int) -> str:
+    """What plain Whisper's words depend on: the weights, and the version of openai-whisper that decodes."""
+    import whisper
+
+    return f"{crc:08x}-openai-whisper-{whisper.__version__}"
+
+
 def fits_hash(name: str, crc: int, data: Path | None, quick: bool, layers: int) -> str:
     """Of what methods are fitted on: the model's weights, its SAEs and the calibration clips."""
     from calibration.corpus import EVAL_SETS, EVAL_VERSION, real_clips
+    from calibration.refit import UNTAUGHT
     from whisper_steer.errors import WhisperSteerError
     from whisper_steer.zoo import load_sae
 
     ids = sorted(clip.id for clip in real_clips(data, "calibration"))
-    digest = hashlib.sha256(repr((crc, quick, EVAL_VERSION, EVAL_SETS, ids)).encode())
+    known = (FIT_VERSION, UNTAUGHT, crc, quick, EVAL_VERSION, EVAL_SETS, ids)
+    digest = hashlib.sha256(repr(known).encode())
     for layer in range(layers):
         try:
             sae = load_sae(name, layer)
@@ -139,9 +149,10 @@ def fits_hash(name: str, crc: int, data: Path | None, quick: bool, layers: int) 
 
 
 def fingerprint_of(method: Method, setup: Setup, crc: int, fits: str) -> str:
-    """What the method's words depend on. Plain Whisper: the weights; a method with a `fingerprint(setup)`:
-    these and what it says; any other: also all that methods are fitted on."""
+    """What the method's words depend on. All: the weights and openai-whisper's version; a method with a
+    `fingerprint(setup)`: what it says, too; any other but plain Whisper: all that methods are fitted on."""
+    base = plain_fingerprint(crc)
     if method.name == PLAIN:
-        return f"{crc:08x}"
+        return base
     own = getattr(method, "fingerprint", None)
-    return f"{crc:08x}-{fits if own is None else own(setup)}"
+    return f"{base}-{fits if own is None else own(setup)}"

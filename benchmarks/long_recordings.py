@@ -58,14 +58,14 @@ def run_methods(
     from tqdm import tqdm
 
     from benchmarks.hearing_cache import HearingCache, clip_record
-    from benchmarks.listening import PlainWhisper, fingerprint_of, fits_hash, listen
+    from benchmarks.listening import PlainWhisper, fingerprint_of, fits_hash, listen, plain_fingerprint
     from benchmarks.long_rows import Measured
     from calibration.hallucinations import model_crc
 
     crc = model_crc(setup.model)
     fits = fits_hash(setup.name, crc, setup.data_dir, setup.quick, setup.model.dims.n_audio_layer)
     cache = HearingCache(out)
-    plain = PlainWhisper(setup.model, cache, f"{crc:08x}")
+    plain = PlainWhisper(setup.model, cache, plain_fingerprint(crc))
     setup.plain, setup.plain_windows = plain.heard, plain.windows
     measured: dict[Setting, list[Measured]] = {(method.name, strength): [] for method, strength in methods}
     total = len(methods) * len(recordings)

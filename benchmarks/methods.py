@@ -107,6 +107,15 @@ class Setup:
 
         return eval_sets("calibration", data_dir=self.data_dir, quick=self.quick)
 
+    @property
+    def taught(self) -> list[Clip]:
+        """The calibration clips that something may be fitted on. The sets `calibration.refit.UNTAUGHT` have
+        voices of the test split: they may set a threshold, for ours as for its competitors, and teach
+        nothing."""
+        from calibration.refit import UNTAUGHT
+
+        return [clip for name, group in self.calibration.items() if name not in UNTAUGHT for clip in group]
+
     @cached_property
     def labels(self) -> Mapping[str, Labels]:
         """What plain Whisper makes of every calibration clip, by clip id."""

@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"measuring {about}", file=sys.stderr)
 
     cache = hearing_cache.HearingCache(options.out)
-    plain = listening.PlainWhisper(model, cache, f"{crc:08x}")
+    plain = listening.PlainWhisper(model, cache, listening.plain_fingerprint(crc))
     fits = listening.fits_hash(name, crc, options.data, options.quick, model.dims.n_audio_layer)
     setup = Setup(
         model=model, name=name, cache=options.out / "fitted" / fits,

@@ -11,7 +11,7 @@ from benchmark_tools import Says, clip, prepared, setup_for, shift_for, small_wh
 from tiny import says
 from whisper.model import Whisper
 
-from benchmarks import measuring, reports, tradeoff
+from benchmarks import listening, measuring, reports, tradeoff
 from benchmarks.files import write_whole
 from benchmarks.hearing_cache import HearingCache, read_clips, read_run
 from benchmarks.methods import Setup
@@ -84,6 +84,28 @@ def test_an_interrupted_run_goes_on_where_it_was(small: Whisper, tmp_path: Path)
     assert len(results.heard["says", 1.0]["noise"]) == 5
     again = run_methods(setup_for(small, tmp_path), tmp_path, [says], sets)
     assert len(says.asked) == 2 and again.heard == results.heard
+
+
+def test_what_is_kept_depends_on_openai_whispers_version_and_on_how_methods_are_fitted(
+    small: Whisper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, says = setup_for(small, tmp_path), Says("says", "you")
+    says_itself = Says("own", "you")
+    says_itself.fingerprint = lambda setup: "mine"  # type: ignore[attr-defined]
+    monkeypatch.setattr("whisper.__version__", "20991231")
+    found = [listening.fingerprint_of(one, setup, 0xAB, "fits") for one in (Plain(), says, says_itself)]
+    base = "000000ab-openai-whisper-20991231"
+    assert found == [base, f"{base}-fits", f"{base}-mine"]
+
+    def fits() -> str:
+        return listening.fits_hash("no-such-model", 1, None, False, 2)
+
+    first = fits()
+    assert fits() == first
+    monkeypatch.setattr(listening, "FIT_VERSION", listening.FIT_VERSION + 1)
+    second = fits()
+    monkeypatch.setattr("calibration.refit.UNTAUGHT", ())
+    assert len({first, second, fits()}) == 3
 
 
 def test_a_method_that_measures_strength_0_itself_keeps_its_own(small: Whisper, tmp_path: Path) -> None:

@@ -123,13 +123,50 @@ def test_linear_gate_separates_and_its_threshold_rejects_the_share() -> None:
     rng = np.random.default_rng(0)
     speech = np.arange(200) < 100
     states = rng.normal(size=(200, 5)) * [1, 10, 1, 1, 100] + np.outer(speech, [4, 0, 0, 0, 0])
-    gate = linear_gate.fit_gate(states, speech)
+    gate = linear_gate.fit_gate(states, speech, np.arange(200) % 5)
     scores = np.array([gate.score(state) for state in states])
     assert np.mean((scores > 0) == speech) > 0.95
     assert np.allclose(scores, states @ gate.coef + gate.intercept)
     assert gate.held_out.shape == (100,) and np.corrcoef(gate.held_out, scores[:100])[0, 1] > 0.9
     for rejected in (0.0, 0.1, 0.5):
         assert np.mean(gate.held_out < gate.threshold(rejected)) == pytest.approx(rejected, abs=0.01)
+
+
+def test_linear_gate_judges_clips_without_their_group_and_learns_from_no_untaught_ones() -> None:
+    rng = np.random.default_rng(0)
+    speech = np.arange(120) < 60
+    states = rng.normal(size=(120, 3)) + np.outer(speech, [2, 0, 0])
+    folds = np.arange(120) % 3
+    taught = np.arange(120) % 10 != 0
+    gate = linear_gate.fit_gate(states, speech, folds, taught)
+    alone = linear_gate.fit_gate(states[taught], speech[taught], folds[taught])
+    assert np.array_equal(gate.coef, alone.coef) and gate.intercept == alone.intercept
+    assert gate.held_out.shape == (60,)  # all speech is judged, the untaught too
+    assert np.allclose(gate.held_out[taught[:60]], alone.held_out)
+    mine = folds == 1
+    others = linear_gate.fit_gate(states[taught & ~mine], speech[taught & ~mine], folds[taught & ~mine])
+    expected = states[mine & speech] @ others.coef + others.intercept
+    assert np.allclose(gate.held_out[mine[:60]], expected)
+
+
+def test_linear_gate_takes_all_clips_but_fits_on_no_voice_of_the_test_split(setup, monkeypatch) -> None:
+    asked: list[tuple] = []
+
+    def keep(states, speech, folds, taught):
+        asked.append((len(states), speech.sum(), taught, folds))
+
+    monkeypatch.setattr(linear_gate, "fit_gate", keep)
+    monkeypatch.setattr(linear_gate, "_states", lambda setup, clips: np.zeros((len(clips), 2)))
+    new = [replace(clip, id=f"new/{clip.id}", group="one voice") for clip in SETS["speech"]]
+    setup.calibration = {"speech": SETS["speech"] * 3, "speech_new_voice": new, "tones": SETS["tones"]}
+    setup.quick = False
+    linear_gate._fit(setup)
+    clips, speech, taught, folds = asked[0]
+    assert (clips, speech) == (30, 24) and list(taught) == [*[True] * 18, *[False] * 6, *[True] * 6]
+    assert len(set(folds[18:24])) == 1  # one voice is in one fold
+    setup.quick = True
+    linear_gate._fit(setup)
+    assert asked[1][:2] == (12, 6)
 
 
 def test_linear_gate_reads_the_frames_of_every_window(setup) -> None:

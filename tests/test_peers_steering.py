@@ -19,7 +19,7 @@ from whisper.model import ModelDimensions
 from benchmarks.methods import Setup, Unavailable
 from benchmarks.peers import audiosae, calm_whisper, followup, hallucination_space, intervention, pooling
 from benchmarks.peers.calm_whisper import Hallucination, head_numbers, masked, ranked, single_heads
-from benchmarks.peers.hallucination_space import Gate, fit_gate, projected, reach, rejecting, space
+from benchmarks.peers.hallucination_space import Gate, States, fit_gate, projected, reach, rejecting, space
 from calibration import activations
 from calibration.decoding import ClipTranscript
 from calibration.hallucinations import Labels
@@ -305,10 +305,34 @@ def test_the_gate_leaves_its_share_of_unseen_speech_alone():
     rng = np.random.default_rng(0)
     speech = rng.normal(size=(200, 6))
     hallucinated = speech + np.array([12.0, 0, 0, 0, 0, 0])
-    gate = fit_gate(hallucinated, speech, 0.1)
+    seen = np.arange(200) % 2 == 0
+    gate = fit_gate(States(speech[:, None], hallucinated, seen), States(speech[:, None], speech, seen), 0.1)
     assert abs(gate.basis[0, 0]) > 0.99 and len(gate.basis) == 1  # every rank rejects all: the smallest
     assert (reach(speech[1::2], gate.centre, gate.basis) > gate.limit).sum() == 10  # 10 % of 100
     assert (reach(hallucinated, gate.centre, gate.basis) > gate.limit).all()
+
+
+def test_the_limit_is_set_on_speakers_that_the_space_has_not_seen(terse, tmp_path, monkeypatch):
+    sets = clips(8, 8, seconds=0.5)
+    for group in sets.values():  # four speakers or sources of two clips each
+        group[:] = [replace(clip, group=f"{clip.kind} {number // 2}") for number, clip in enumerate(group)]
+    monkeypatch.setattr(
+        hallucination_space, "_read",
+        lambda setup, audios: (np.zeros((16, 2, 4)), np.zeros((16, 4)), np.ones(16, dtype=bool)),
+    )  # fmt: skip
+    for states in hallucination_space.collect(setup_for(terse, tmp_path, sets)):
+        assert [bool(pair[0]) for pair in states.seen.reshape(4, 2)].count(True) == 2
+        assert (states.seen.reshape(4, 2)[:, 0] == states.seen.reshape(4, 2)[:, 1]).all()
+
+
+def test_nothing_is_fitted_on_voices_of_the_test_split(terse, tmp_path):
+    sets = clips(4, 4, seconds=0.5)
+    sets["speech_new_voice"] = [replace(clip, id=f"new/{clip.id}") for clip in sets["speech"]]
+    setup = setup_for(terse, tmp_path, sets, nsp=lambda clip: True)  # no contrast without speech
+    nonspeech, speech = pooling.nonspeech_and_speech(setup)
+    assert speech == sets["speech"] and nonspeech == sets["tones"]
+    used, _ = pooling._contrast(setup, ("nsp",))
+    assert used == [*sets["tones"], *sets["speech"]]
 
 
 def test_rejected_windows_have_no_words_and_the_others_stay(terse):
@@ -321,7 +345,7 @@ def test_rejected_windows_have_no_words_and_the_others_stay(terse):
     options = DecodingOptions(language="en", fp16=False)
     plain = terse.decode(mels, options)
     features = torch.stack([one.audio_features for one in plain])
-    first = hallucination_space.states_of(terse, features, plain).first
+    first = hallucination_space.states_of(terse, features, plain)[1]
     centre = np.zeros(32)
     basis = np.eye(32)
     reaches = reach(first, centre, basis)

@@ -29,6 +29,7 @@ from benchmarks.files import write_whole
 from benchmarks.methods import Heard, Method, Setup, Unavailable
 from benchmarks.peers.intervention import GROUP, hear_under
 from benchmarks.peers.pooling import nonspeech_and_speech
+from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
     from whisper.decoding import DecodingResult
@@ -49,10 +50,13 @@ class States:
     Attributes:
         mean: (clips, blocks, d_model) mean over the positions that wrote the text, by decoder block.
         first: (clips, d_model) behind the last block at the position that writes the first token.
+        seen: (clips,) bool: of the half that the gate's space is made of; speakers and sources are in one
+            half only. None where nobody asks.
     """
 
     mean: np.ndarray
     first: np.ndarray
+    seen: np.ndarray
 
 
 def space(hallucinated: np.ndarray, faithful: np.ndarray, rank: int) -> np.ndarray:
@@ -152,9 +156,11 @@ def rejecting(model: Whisper, gate: Gate) -> Iterator[None]:
 # -- fitting --------------------------------------------------------------------------------------------
 
 
-def states_of(model: Whisper, features: Tensor, results: Sequence[DecodingResult]) -> States:
-    """States behind all blocks while the results' tokens are read again from features (batch, 1500, d_model);
-    the end of the text is read too."""
+def states_of(
+    model: Whisper, features: Tensor, results: Sequence[DecodingResult]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(States.mean, States.first) while the results' tokens are read again from features (batch, 1500,
+    d_model); the end of the text is read too."""
     from whisper.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer(
@@ -179,7 +185,7 @@ def states_of(model: Whisper, features: Tensor, results: Sequence[DecodingResult
     finally:
         for hook in hooks:
             hook.remove()
-    return States(np.stack(means), np.stack(firsts))
+    return np.stack(means), np.stack(firsts)
 
 
 def collect(setup: Setup) -> tuple[States, States]:
@@ -187,10 +193,15 @@ def collect(setup: Setup) -> tuple[States, States]:
     speech clips; first windows, greedy; kept in setup.cache. Raises Unavailable (too few of either)."""
     from calibration.evaluate import evenly
     from calibration.hallucinations import model_crc
+    from calibration.refit import deal_folds
 
     count = QUICK_FIT_CLIPS if setup.quick else FIT_CLIPS
     kinds = [evenly(clips, count) for clips in nonspeech_and_speech(setup)]
     clips = [clip for kind in kinds for clip in kind]
+    try:
+        seen = np.array(deal_folds(clips, 2)) == 0
+    except UsageError as error:
+        raise Unavailable(f"it is fitted on speech and non-speech clips: {error}") from error
     audios = [np.ascontiguousarray(setup.audio(clip), dtype=np.float32) for clip in clips]
     crcs = [zlib.crc32(audio.tobytes()) for audio in audios]
     digest = hashlib.sha256(repr((model_crc(setup.model), crcs)).encode()).hexdigest()[:16]
@@ -211,7 +222,10 @@ def collect(setup: Setup) -> tuple[States, States]:
                 f"plain Whisper writes words about {int(rows.sum())} of the {kind} clips, the space needs "
                 f"{MIN_CLIPS}"
             )
-    return States(mean[chosen[0]], first[chosen[0]]), States(mean[chosen[1]], first[chosen[1]])
+    hallucinated, faithful = (States(mean[rows], first[rows], seen[rows]) for rows in chosen)
+    if any(len(set(states.seen.tolist())) < 2 for states in (hallucinated, faithful)):
+        raise Unavailable("all clips about which plain Whisper writes words are of one half of the speakers")
+    return hallucinated, faithful
 
 
 def _read(setup: Setup, audios: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -223,7 +237,7 @@ def _read(setup: Setup, audios: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nd
     from calibration.evaluate import escapes_skip_rule, normalise
 
     model = setup.model
-    found: list[States] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     wrote: list[bool] = []
     starts = range(0, len(audios), GROUP)
     for start in tqdm(
@@ -241,30 +255,36 @@ def _read(setup: Setup, audios: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nd
             for result in results
         ]
     return (
-        np.concatenate([states.mean for states in found]),
-        np.concatenate([states.first for states in found]),
+        np.concatenate([mean for mean, _ in found]),
+        np.concatenate([first for _, first in found]),
         np.array(wrote),
     )
 
 
-def fit_gate(hallucinated: np.ndarray, speech: np.ndarray, share: float) -> Gate:
-    """A gate that opens for `share` of speech.
+def fit_gate(hallucinated: States, speech: States, share: float) -> Gate:
+    """A gate that opens for `share` of speech, from first states.
 
-    hallucinated, speech: (clips, d_model) first states. The space is made of every other clip of each; the
-    limit is set on the speech clips that it has not seen, at the rank with which most of the unseen
-    hallucinated clips are rejected (the smallest of equal ones).
+    The space is made of the half of each kind that is marked as seen; the limit is set on the speech clips of
+    the other half, at the rank with which most of the unseen hallucinated clips are rejected (the smallest of
+    equal ones).
     """
-    centre = speech[::2].mean(axis=0)
+    (known_bad, new_bad), (known, new) = (_halves(states) for states in (hallucinated, speech))
+    centre = known.mean(axis=0)
 
     def gate_of(rank: int, share: float) -> Gate:
-        basis = space(hallucinated[::2], speech[::2], rank)
-        return Gate(centre, basis, float(np.quantile(reach(speech[1::2], centre, basis), 1 - share)))
+        basis = space(known_bad, known, rank)
+        return Gate(centre, basis, float(np.quantile(reach(new, centre, basis), 1 - share)))
 
     def rejected(rank: int) -> float:
         gate = gate_of(rank, GATE_SHARE)
-        return float((reach(hallucinated[1::2], centre, gate.basis) > gate.limit).mean())
+        return float((reach(new_bad, centre, gate.basis) > gate.limit).mean())
 
     return gate_of(max(RANKS, key=rejected), share)
+
+
+def _halves(states: States) -> tuple[np.ndarray, np.ndarray]:
+    """First states, seen and unseen."""
+    return states.first[states.seen], states.first[~states.seen]
 
 
 # -- methods --------------------------------------------------------------------------------------------
@@ -315,7 +335,7 @@ class GatedProjection:
 
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         hallucinated, faithful = _states(setup)
-        gate = fit_gate(hallucinated.first, faithful.first, strength)
+        gate = fit_gate(hallucinated, faithful, strength)
         return hear_under(setup, clips, lambda: rejecting(setup.model, gate))
 
 

@@ -1,9 +1,10 @@
 """A linear gate on the frozen encoder's state: one logistic regression per window, no steering.
 
 The probe reads the mean of the last block's output over the window's true frames and says whether somebody
-speaks; it is fitted on calibration clips, speech against non-speech. A window below the threshold gives no
-text. The threshold is set by the share of calibration speech that may fall below it, on scores of folds that
-the probe was not fitted on.
+speaks; it is fitted on the calibration clips that ours may be fitted on, speech against non-speech. A window
+below the threshold gives no text. The threshold is set by the share of calibration speech that may fall
+below it, on scores of probes that were fitted without the clip's speaker or source
+(`calibration.refit.deal_folds`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import numpy as np
 
 from benchmarks.methods import Heard, Method, Setup, Unavailable
 from benchmarks.peers.judging import GROUP, judge
+from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
     from calibration.corpus import Clip
     from calibration.decoding import ClipTranscript
 
 _GATE, _SCORES = "linear gate", "linear gate's scores"
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,29 @@ class LinearGate:
         return float(np.quantile(self.held_out, rejected))
 
 
-def fit_gate(states: np.ndarray, speech: np.ndarray, *, seed: int = 0) -> LinearGate:
-    """states: (clips, d_model) mean activations; speech: (clips,) bool, both kinds at least twice."""
+def fit_gate(
+    states: np.ndarray, speech: np.ndarray, folds: np.ndarray, taught: np.ndarray | None = None
+) -> LinearGate:
+    """states: (clips, d_model) mean activations; speech: (clips,) bool; folds: (clips,) int, each clip is
+    judged by a probe of the others; taught: (clips,) bool, the clips that may be fitted on (None: all)."""
+    taught = np.ones(len(speech), dtype=bool) if taught is None else taught
+    scores = np.full(len(speech), np.nan)
+    for fold in np.unique(folds):
+        coef, intercept = _probe(states[taught & (folds != fold)], speech[taught & (folds != fold)])
+        scores[folds == fold] = states[folds == fold] @ coef + intercept
+    return LinearGate(*_probe(states[taught], speech[taught]), scores[speech])
+
+
+def _probe(states: np.ndarray, speech: np.ndarray) -> tuple[np.ndarray, float]:
+    """(coefficients (d_model,), intercept) on states as they are."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    scaler = StandardScaler().fit(states)
     regression = LogisticRegression(C=1.0, max_iter=2000, class_weight="balanced")
-    probe = make_pipeline(StandardScaler(), regression)
-    folds = min(FOLDS, int(speech.sum()), int((~speech).sum()))
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    held_out = cross_val_predict(probe, states, speech, cv=splits, method="decision_function")
-    probe.fit(states, speech)
-    scaler = probe[0]
+    regression.fit(scaler.transform(states), speech)
     coef = regression.coef_[0] / scaler.scale_
-    return LinearGate(coef, float(regression.intercept_[0] - coef @ scaler.mean_), held_out[speech])
+    return coef, float(regression.intercept_[0] - coef @ scaler.mean_)
 
 
 def window_states(setup: Setup, clip: Clip, transcript: ClipTranscript) -> np.ndarray:
@@ -89,15 +97,24 @@ def _last(setup: Setup) -> int:
 
 def _fit(setup: Setup) -> LinearGate:
     from calibration.evaluate import evenly
+    from calibration.refit import deal_folds
 
     clips = [clip for group in setup.calibration.values() for clip in group]
     nonspeech = [clip for clip in clips if clip.kind == "nonspeech"]
     speech = [clip for clip in clips if clip.kind != "nonspeech"]
-    if min(len(speech), len(nonspeech)) < 2:
-        raise Unavailable("it is fitted on speech and non-speech clips, and the calibration split lacks one")
-    chosen = [*evenly(speech, (1 if setup.quick else 2) * len(nonspeech)), *nonspeech]
-    states = _states(setup, chosen)
-    return fit_gate(states, np.array([clip.kind != "nonspeech" for clip in chosen]))
+    if setup.quick:
+        speech = evenly(speech, len(nonspeech))
+    chosen = [*speech, *nonspeech]
+    try:
+        folds = np.array(deal_folds(chosen))
+    except UsageError as error:
+        raise Unavailable(f"it is fitted on speech and non-speech clips: {error}") from error
+    known = {clip.id for clip in setup.taught}
+    taught = np.array([clip.id in known for clip in chosen])
+    is_speech = np.array([clip.kind != "nonspeech" for clip in chosen])
+    if any(len(set(is_speech[taught & (folds != fold)])) < 2 for fold in np.unique(folds)):
+        raise Unavailable("it is fitted on speech and non-speech clips, and a fold of them lacks one")
+    return fit_gate(_states(setup, chosen), is_speech, folds, taught)
 
 
 def _states(setup: Setup, clips: Sequence[Clip]) -> np.ndarray:
@@ -107,8 +124,9 @@ def _states(setup: Setup, clips: Sequence[Clip]) -> np.ndarray:
 
     from benchmarks.files import write_whole
     from calibration.activations import cut_window, encode_windows, padded_log_mel, true_frames
+    from calibration.hallucinations import model_crc
 
-    path: Path = setup.cache / "linear-gate-states.npz"
+    path: Path = setup.cache / f"linear-gate-states-{model_crc(setup.model):08x}.npz"
     ids = np.array([clip.id for clip in clips])
     if path.is_file():
         with np.load(path, allow_pickle=False) as kept:
@@ -136,7 +154,7 @@ class LinearGatePeer:
     """See benchmarks.methods.Method; strength is the share of calibration speech rejected."""
 
     name: str = "linear-gate"
-    strengths: tuple[float, ...] = (0.001, 0.005, 0.01, 0.03, 0.1)
+    strengths: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.1)
     about: str = (
         "logistic regression on the mean of the encoder's last block, fitted on calibration clips, withholds "
         "windows of plain Whisper; strength: share of calibration speech below its threshold"

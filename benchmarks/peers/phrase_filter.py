@@ -81,8 +81,7 @@ class PhraseFilter:
     def phrases(self, setup: Setup) -> tuple[str, ...]:
         """The whole bag, mined once per setup."""
         if _PHRASES not in setup.memory:
-            clips = [clip for group in setup.calibration.values() for clip in group]
-            texts = [setup.labels[clip.id].text for clip in clips if clip.kind == "nonspeech"]
+            texts = [setup.labels[clip.id].text for clip in setup.taught if clip.kind == "nonspeech"]
             setup.memory[_PHRASES] = mine(texts, int(max(self.strengths)))
         found: tuple[str, ...] = setup.memory[_PHRASES]
         return found

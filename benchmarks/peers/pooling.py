@@ -63,8 +63,8 @@ def sae_of(setup: Setup, layer: int) -> SparseAutoencoder:
 
 
 def nonspeech_and_speech(setup: Setup) -> tuple[list[Clip], list[Clip]]:
-    """The calibration clips by kind. Raises Unavailable if there is no non-speech clip."""
-    clips = [clip for group in setup.calibration.values() for clip in group]
+    """The calibration clips to fit on, by kind. Raises Unavailable if there is no non-speech clip."""
+    clips = setup.taught
     nonspeech = [clip for clip in clips if clip.kind == "nonspeech"]
     if not nonspeech:
         raise Unavailable("it is fitted on non-speech clips, and the calibration split has none")
