@@ -85,9 +85,9 @@ class ClipTranscript:
     def hr(self) -> bool:
         return any(escapes_skip_rule(p, logprob) for p, logprob in self.greedy)
 
-    def outcome(self) -> Outcome:
-        """The clip as a non-speech observation for `calibration.evaluate`."""
-        return Outcome(text=self.text, nsp=self.nsp, hr=self.hr, seconds=self.seconds)
+    def outcome(self, language: str = "en") -> Outcome:
+        """The clip as a non-speech observation for `calibration.evaluate`; language: of its text."""
+        return Outcome(self.text, self.nsp, self.hr, self.seconds, language)
 
 
 @dataclass

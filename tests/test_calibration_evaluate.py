@@ -122,6 +122,35 @@ def test_groups_of_one_clip_are_drawn_as_clips_are():
     assert (wide == 1).all()  # a single group: nothing varies
 
 
+def test_clips_of_one_group_widen_the_interval_and_single_ones_do_not():
+    events = np.tile([True, True, True, True, False, False, False, False], 20)
+    alone = bootstrap_share(events, resamples=2000)
+    assert bootstrap_share(events, resamples=2000, groups=[str(i) for i in range(160)]) == alone
+    recordings = [str(i // 4) for i in range(160)]  # four clips each that always agree: 40 observations
+    grouped = bootstrap_share(events, resamples=2000, groups=recordings)
+    assert grouped.value == alone.value == 0.5
+    # half widths of a share of 0.5: 1.96 * 0.5 / sqrt(n)
+    assert alone.hi - 0.5 == pytest.approx(0.98 / math.sqrt(160), abs=0.01)
+    assert grouped.hi - 0.5 == pytest.approx(0.98 / math.sqrt(40), abs=0.015)
+    speech = speech_metrics(
+        ["a b"] * 4 + [""], ["a b", "a", "a", "a b", ""], groups=["x", "y", "y", "x", "z"]
+    )
+    assert speech.wer.value == 0.25 and (speech.wer.lo, speech.wer.hi) == (0.0, 0.5)
+    with pytest.raises(ValueError, match="1 groups for 2 clips"):
+        bootstrap_share([True, False], groups=["a"])
+
+
+def test_other_languages_have_whispers_basic_normaliser():
+    assert normalise("Um.") == "" and normalise("Um.", "pt") == "um"  # a filler in English, a word there
+    errors = word_errors("Die Straße, naß", "die straße nass", "de")
+    assert errors is not None and (errors.words, errors.substitutions) == (3, 1)
+    letters = word_errors("你好世界", "你好世", "zh")  # no spaces: letters are the words
+    assert letters is not None and (letters.words, letters.deletions) == (4, 1)
+    assert Outcome("Um.", True, True, 60.0, "pt").text_fp and not Outcome("Um.", True, True, 60.0).text_fp
+    metrics = speech_metrics(["um dois"], ["dois"], language="pt")
+    assert metrics.words == 2 and metrics.wer.value == 0.5
+
+
 def test_bootstrap_rejects_other_shapes():
     with pytest.raises(ValueError, match="two vectors of one length"):
         bootstrap_ratio(np.zeros(3), np.zeros(4))
