@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from calibration.evaluate import Rate, WordErrors, bootstrap_ratio, word_errors
+from benchmarks import grouped
+from calibration.evaluate import Rate, word_errors
 
 OURS, PLAIN = "whisper-steer", "plain"
 FALL, RISE, EMPTY = 0.95, 0.001, 0.002  # targets at alpha 1: text-FPR relative; WER and empty clips absolute
@@ -71,22 +71,21 @@ def rate_of(row: Row, name: str) -> Rate | None:
     return Rate(float(value), float(value if lo is None else lo), float(value if hi is None else hi))
 
 
-@lru_cache(maxsize=65536)
-def _errors(reference: str, heard: str) -> WordErrors | None:
-    """Kept, because most settings write most clips alike."""
-    return word_errors(reference, heard)
-
-
-def paired_rise(references: Sequence[str], plain: Sequence[str], texts: Sequence[str]) -> Rate:
-    """WER of `texts` less that of `plain` on the same clips, with the interval over clips (fractions)."""
+def paired_rise(
+    references: Sequence[str], plain: Sequence[str], texts: Sequence[str], groups: Sequence[str]
+) -> Rate:
+    """WER of `texts` less that of `plain` on the same clips (fractions), with the interval over groups of
+    clips (`benchmarks.grouped`)."""
     more: list[float] = []
     words: list[float] = []
-    for reference, before, after in zip(references, plain, texts, strict=True):
-        old, new = _errors(reference, before), _errors(reference, after)
+    kept: list[str] = []
+    for reference, before, after, group in zip(references, plain, texts, groups, strict=True):
+        old, new = word_errors(reference, before), word_errors(reference, after)
         if old is not None and new is not None:
             more.append(new.total - old.total)
             words.append(old.words)
-    return bootstrap_ratio(more, words)
+            kept.append(group)
+    return grouped.ratio(more, words, kept)
 
 
 def settings_of(

@@ -50,6 +50,7 @@ class ClipRecord:
             highest).
         gate: the measured steering's probability that nobody speaks, of the window most like speech; None
             if it has no gate.
+        group: speaker or source recording, "" if the clip stands alone: see `drawn_with`.
     """
 
     id: str
@@ -65,6 +66,13 @@ class ClipRecord:
     no_speech_prob: float | None = None
     avg_logprob: float | None = None
     gate: float | None = None
+    group: str = ""
+
+    @property
+    def drawn_with(self) -> str:
+        """Clips with the same name are drawn together when intervals are made; a recording and what a
+        telephone made of it are of one group."""
+        return self.group or self.id
 
     @property
     def is_speech(self) -> bool:
@@ -80,7 +88,7 @@ def clip_record(clip: Clip, group: str, audio: np.ndarray) -> ClipRecord:
     """The record of a clip of the set `group`, without scores."""
     return ClipRecord(
         clip.id, audio_crc(audio), group, clip.kind, clip.category, clip.text, len(audio) / 16_000, clip.path,
-        clip.source, clip.speech_intervals,
+        clip.source, clip.speech_intervals, group=clip.group,
     )  # fmt: skip
 
 

@@ -120,8 +120,9 @@ def rises_of(clips: Sequence[ClipRecord], texts: Texts) -> dict[tuple[str, float
         return {}
     references = [clip.text or "" for clip in speech]
     before = [plain[clip.id] for clip in speech]
+    groups = [clip.drawn_with for clip in speech]
     return {
-        setting: paired_rise(references, before, [heard[clip.id] for clip in speech])
+        setting: paired_rise(references, before, [heard[clip.id] for clip in speech], groups)
         for setting, heard in texts.items()
     }
 

@@ -189,7 +189,8 @@ def run_sections(data: ReportData) -> list[Markup]:
     terms = paragraph(
         "text-FPR: share of non-speech clips that came back with words after Whisper's English text "
         "normaliser. WER: over clips with a reference, errors over words. Empty speech: share of speech "
-        "clips whose transcript holds no word. Intervals: 95 %, 1,000 bootstrap resamples of clips. Compute: "
+        "clips whose transcript holds no word. Intervals: 95 %, 1,000 bootstrap draws of whole speakers and "
+        "source recordings (a synthetic clip stands alone), the same draws for all methods. Compute: "
         "seconds of one thread of work per minute of audio."
     )
     found.append(section("How it was measured", joined((terms, facts(measured)))))

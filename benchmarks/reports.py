@@ -133,7 +133,7 @@ def tables(rows: Sequence[Row], minutes: Mapping[str, float] | None = None) -> l
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(
-        title=f"{title}: value [95 % bootstrap interval over clips]",
+        title=f"{title}: value [95 % bootstrap interval over speakers and sources]",
         title_justify="left", title_style="bold", box=SIMPLE_HEAD,
     )  # fmt: skip
     table.add_column("method")

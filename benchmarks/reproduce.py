@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import grouped
 from benchmarks.command import exit_code
 from benchmarks.files import write_whole
 from benchmarks.published import ALL, FOLLOW_UP_SETS, VECTOR_SETS, Cell, Condition, Table, tables_for
@@ -200,7 +201,7 @@ def _cell(
 ) -> Measured | None:
     """None where the data set is not at hand or the condition could not be made."""
     from benchmarks.reproduce_fit import classifier_f1
-    from calibration.evaluate import bootstrap_share, speech_metrics
+    from calibration.evaluate import word_errors
 
     condition, name, measure_name = cell
     if measure_name == "f1":
@@ -217,13 +218,16 @@ def _cell(
     if any(condition not in scored.get(part, {}) for part in parts):
         return None
     scores = {clip: score for part in parts for clip, score in scored[part][condition].items()}
+    clips = {clip.id: clip for part in parts if (c := corpora.get(part)) is not None for clip in c.test}
+    groups = {name: clip.group or name for name, clip in clips.items()}
     if measure_name == "wer":
-        corpus = corpora.get(name)
-        said = {} if corpus is None else {clip.id: clip.text or "" for clip in corpus.test}
-        metrics = speech_metrics([said[clip] for clip in scores], [s.text for s in scores.values()])
-        return Measured(metrics.wer, metrics.clips)
+        pairs = [(clip, word_errors(clips[clip].text or "", said.text)) for clip, said in scores.items()]
+        kept = [(groups[clip], errors) for clip, errors in pairs if errors is not None]
+        errors, words = [e.total for _, e in kept], [e.words for _, e in kept]
+        return Measured(grouped.ratio(errors, words, [group for group, _ in kept]), len(kept))
     event = {"nsp_fpr": "nsp", "tpr": "nsp", "hr": "hr", "text_fpr": "text_fp"}[measure_name]
-    return Measured(bootstrap_share([getattr(score, event) for score in scores.values()]), len(scores))
+    events = [getattr(score, event) for score in scores.values()]
+    return Measured(grouped.share(events, [groups[clip] for clip in scores]), len(scores))
 
 
 # -- command --------------------------------------------------------------------------------------------

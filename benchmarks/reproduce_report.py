@@ -295,7 +295,9 @@ def page(tables: Sequence[Table], result: Reproduction, about: About, pictures: 
     if result.contrasts:
         folded = details("What counts as hallucinated in each fit", facts(result.contrasts))
         body.append(section("Fits", folded))
-    footer = paragraph("Rates with 95 % bootstrap intervals over clips.")
+    footer = paragraph(
+        "Rates with 95 % bootstrap intervals that draw speakers and source recordings whole; F1 over clips."
+    )
     return document("Published and measured", body, subtitle=about.measured_on, footer=footer)
 
 

@@ -4,6 +4,7 @@ A set's rates are over its clips; WER and empty clips are of speech; text-FPR, n
 minute of non-speech. A clip is lost where plain Whisper got a word right and the method wrote none: what is
 empty but not lost held nothing but invented words. The pools all_speech and all_nonspeech join the sets of a
 kind, their halves _synthetic and _real follow where both are there, and "all" has both pools in one row.
+Intervals draw speakers and source recordings, not clips (`benchmarks.grouped`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from benchmarks import grouped
 from benchmarks.hearing_cache import ClipRecord
 from benchmarks.methods import Heard
 from benchmarks.reports import ALL, ALL_NONSPEECH, ALL_SPEECH, COLUMNS, REAL, SYNTHETIC, Row
-from calibration.evaluate import (
-    Outcome,
-    Rate,
-    bootstrap_ratio,
-    bootstrap_share,
-    nonspeech_metrics,
-    normalise,
-    speech_metrics,
-    word_errors,
-)
+from calibration.evaluate import Rate, normalise, word_errors
 
 DIFFERENCES = ("text_fpr", "wer", "empty_speech")
 PAIRED_COLUMNS = (
@@ -90,33 +81,48 @@ def _row(
     method: str, alpha: float, name: str, items: Sequence[Measured], right: Mapping[Key, bool] | None
 ) -> Row:
     row: Row = dict.fromkeys(COLUMNS)
-    speech = [item for item in items if item.clip.is_speech]
-    nonspeech = [item for item in items if not item.clip.is_speech]
-    rates: dict[str, float] = {}
-    if speech:
-        references = [item.clip.text or "" for item in speech]
-        rates |= speech_metrics(references, [item.heard.text for item in speech]).row()
-        known = [
-            (right[key], item) for item in speech if right and (key := (item.clip.id, item.clip.crc)) in right
-        ]
-        if known:
-            rate = bootstrap_share([had and not _wrote(item.heard) for had, item in known])
-            rates |= {"lost_speech": rate.value, "lost_speech_lo": rate.lo, "lost_speech_hi": rate.hi}
-    if nonspeech:
-        rates |= nonspeech_metrics([_outcome(item) for item in nonspeech]).row()
-        for event in ("nsp", "hr"):
-            if any(getattr(item.heard, event) is None for item in nonspeech):
-                column = {"nsp": "nsp_fpr", "hr": "hr"}[event]
-                rates |= dict.fromkeys((column, f"{column}_lo", f"{column}_hi"), math.nan)
-    row |= {key: None if math.isnan(value) else value for key, value in rates.items() if key in row}
+    rates = _speech_rates([item for item in items if item.clip.is_speech], right or {})
+    rates |= _nonspeech_rates([item for item in items if not item.clip.is_speech])
+    for rate, found in rates.items():
+        if not math.isnan(found.value):
+            row |= {rate: found.value, f"{rate}_lo": found.lo, f"{rate}_hi": found.hi}
     row |= {"method": method, "alpha": alpha, "set": name, "clips": len(items)}
     row["audio"] = audio_of([item.clip for item in items])
     row["seconds"] = round(sum(item.heard.seconds for item in items), 3)
     return row
 
 
-def _outcome(item: Measured) -> Outcome:
-    return Outcome(item.heard.text, bool(item.heard.nsp), bool(item.heard.hr), item.clip.seconds)
+def _speech_rates(items: Sequence[Measured], right: Mapping[Key, bool]) -> dict[str, Rate]:
+    """WER, its parts and lost clips; clips without a reference word are left out."""
+    pairs = [(item, word_errors(item.clip.text or "", item.heard.text)) for item in items]
+    kept = [(item, errors) for item, errors in pairs if errors is not None]
+    groups = [item.clip.drawn_with for item, _ in kept]
+    words = [errors.words for _, errors in kept]
+    rates = {
+        "wer": grouped.ratio([errors.total for _, errors in kept], words, groups),
+        "sub": grouped.ratio([errors.substitutions for _, errors in kept], words, groups),
+        "del": grouped.ratio([errors.deletions for _, errors in kept], words, groups),
+        "ins": grouped.ratio([errors.insertions for _, errors in kept], words, groups),
+        "empty_speech": grouped.share([not _wrote(item.heard) for item, _ in kept], groups),
+    }
+    known = [item for item, _ in kept if (item.clip.id, item.clip.crc) in right]
+    lost = [right[item.clip.id, item.clip.crc] and not _wrote(item.heard) for item in known]
+    return rates | {"lost_speech": grouped.share(lost, [item.clip.drawn_with for item in known])}
+
+
+def _nonspeech_rates(items: Sequence[Measured]) -> dict[str, Rate]:
+    """The three rates and words per minute; NaN for what the method's runtime does not show."""
+    groups = [item.clip.drawn_with for item in items]
+    words = [len(normalise(item.heard.text).split()) for item in items]
+    rates = {
+        "text_fpr": grouped.share([_wrote(item.heard) for item in items], groups),
+        "words_per_min": grouped.ratio(words, [item.clip.seconds / 60 for item in items], groups),
+    }
+    for column, event in (("nsp_fpr", "nsp"), ("hr", "hr")):
+        events = [getattr(item.heard, event) for item in items]
+        if None not in events:
+            rates[column] = grouped.share(events, groups)
+    return rates
 
 
 def audio_of(clips: Sequence[ClipRecord]) -> str:
@@ -162,21 +168,22 @@ def paired(
 
 
 def _differences(pairs: Sequence[tuple[ClipRecord, Heard, Heard]]) -> dict[str, Rate]:
-    events = [_wrote(a) - _wrote(b) for clip, a, b in pairs if not clip.is_speech]
-    errors, words, empty = [], [], []
+    silent = [(clip.drawn_with, _wrote(a) - _wrote(b)) for clip, a, b in pairs if not clip.is_speech]
+    groups, errors, words, empty = [], [], [], []
     for clip, a, b in pairs:
         if not clip.is_speech:
             continue
         first, second = word_errors(clip.text or "", a.text), word_errors(clip.text or "", b.text)
         if first is None or second is None:
             continue  # no reference word
+        groups.append(clip.drawn_with)
         errors.append(first.total - second.total)
         words.append(first.words)
         empty.append(_wrote(b) - _wrote(a))
     return {
-        "text_fpr": bootstrap_ratio(events, np.ones(len(events))),
-        "wer": bootstrap_ratio(errors, words),
-        "empty_speech": bootstrap_ratio(empty, np.ones(len(empty))),
+        "text_fpr": grouped.share([event for _, event in silent], [group for group, _ in silent]),
+        "wer": grouped.ratio(errors, words, groups),
+        "empty_speech": grouped.share(empty, groups),
     }
 
 

@@ -6,10 +6,11 @@
     python -m benchmarks.tradeoff --model small.en --steering my-steering.safetensors
 
 Per set and pooled (all_speech, all_nonspeech, and "all" for both; synthetic and real clips also apart), each
-with a 95 % bootstrap interval over clips: on non-speech text-FPR, nsp-FPR, HR and words per minute; on speech
-WER with its three parts and the share of clips that came back empty. A window that a method withholds counts
-as recognised non-speech. "alpha" is a method's strength, and 0 is plain Whisper: its rows stand under every
-method. Every other setting is compared with ours at alpha 1 over the same clips.
+with a 95 % bootstrap interval that draws speakers and source recordings whole: on non-speech text-FPR,
+nsp-FPR, HR and words per minute; on speech WER with its three parts and the share of clips that came back
+empty. A window that a method withholds counts as recognised non-speech. "alpha" is a method's strength, and 0
+is plain Whisper: its rows stand under every method. Every other setting is compared with ours at alpha 1 over
+the same clips.
 
 What is heard is kept under --out clip by clip: a run that was stopped goes on where it was, and one method
 more costs only that method (--fresh: after a change of the code, which the kept files do not know of). Prints

@@ -30,8 +30,9 @@ def measured(
 ) -> Measured:
     """A clip of 30 s in which `text` was heard."""
     record = ClipRecord(
-        item.id, 7, item.category, item.kind, item.category, item.text, 30.0, item.path, "made", None
-    )
+        item.id, 7, item.category, item.kind, item.category, item.text, 30.0, item.path, "made", None,
+        group=item.group,
+    )  # fmt: skip
     return Measured(record, Heard(text, (), nsp, hr, seconds))
 
 

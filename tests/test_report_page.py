@@ -94,10 +94,12 @@ def test_a_competitor_leads_only_where_it_is_below_our_frontier() -> None:
 
 def test_paired_rise_by_hand() -> None:
     references = ["apple pear plum fig", "lime kiwi", ""]
-    rise = paired_rise(references, ["apple pear plum", "lime kiwi", "noise"], ["apple pear", "lime kiwi", ""])
+    alone = ["a", "b", "c"]
+    before, after = ["apple pear plum", "lime kiwi", "noise"], ["apple pear", "lime kiwi", ""]
+    rise = paired_rise(references, before, after, alone)
     assert rise.value == pytest.approx(1 / 6)  # 2 errors less 1, over 6 words; no reference, no vote
     assert 0 <= rise.lo <= rise.value <= rise.hi <= 0.25 + 1e-9
-    same = paired_rise(references, ["apple"] * 3, ["apple"] * 3)
+    same = paired_rise(references, ["apple"] * 3, ["apple"] * 3, alone)
     assert (same.value, same.lo, same.hi) == (0, 0, 0)
 
 
