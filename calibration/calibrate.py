@@ -229,13 +229,7 @@ def measure_test(
     clips = [clip for chosen in sets.values() for clip in chosen]
     labels = label_clips(model, clips, cache=cache, progress=progress)
     known = [
-        CalibrationClip(
-            clip.id,
-            name,
-            None if clip.kind == "nonspeech" else clip.text or "",
-            labels[clip.id].transcript,
-            (),
-        )
+        CalibrationClip.of(clip, name, labels[clip.id].transcript)
         for name, chosen in sets.items()
         for clip in chosen
     ]

@@ -88,9 +88,14 @@ def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_fit(
-    folder: Path, model: Whisper, sets: Mapping[str, Sequence[Clip]], labels: Mapping[str, Labels]
+    folder: Path,
+    model: Whisper,
+    sets: Mapping[str, Sequence[Clip]],
+    labels: Mapping[str, Labels],
+    *,
+    language: str = "en",
 ) -> Fit:
-    """Read a fit and check that it belongs to this model and these clips.
+    """Read a fit and check that it belongs to this model and these clips. language: of the speech.
 
     Raises:
         FormatError, MismatchError, UsageError: incomplete, of another model, or of other clips.
@@ -115,9 +120,8 @@ def read_fit(
         clip = known.get((entry["set"], entry["id"]))
         if clip is None or len(labels[clip.id].transcript.windows) != len(entry["rows"]):
             raise UsageError(f"{folder} was fitted on other clips ({entry['set']} {entry['id']}): fit again")
-        reference = None if clip.kind == "nonspeech" else clip.text or ""
         transcript = labels[clip.id].transcript
-        clips.append(CalibrationClip(clip.id, entry["set"], reference, transcript, tuple(entry["rows"])))
+        clips.append(CalibrationClip.of(clip, entry["set"], transcript, entry["rows"], language=language))
     with np.load(folder / WINDOWS, allow_pickle=False) as arrays:
         logits, targets = arrays["logits"], arrays["targets"]
     table = WindowTable(tuple(clips), dict(zip(record["gates"], logits, strict=True)), targets)

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from calibration.activations import cut_window, padded_log_mel
 from calibration.decoding import ClipTranscript, iterate_transcripts
-from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics, word_errors
+from calibration.evaluate import nonspeech_metrics, speech_metrics
 from calibration.fit_files import Fit
 from calibration.hallucinations import label_clips
 from calibration.joined import join_clips
-from calibration.selection import Budget, CalibrationClip, share_upper_end
+from calibration.selection import Budget, CalibrationClip
+from calibration.speech_costs import SpeechCosts, understood_sets
 from whisper_steer.attach import steer
 from whisper_steer.errors import UsageError
 from whisper_steer.steering import Steering
@@ -71,12 +72,10 @@ class Heard:
     Attributes:
         transcripts: by (set, clip id).
         wer, wer_plain: over all speech clips, with the steering and without.
-        rise: of the WER, absolute, over the sets that plain Whisper understands (all, if it understands
-            none). Where it writes mostly wrong words, other wrong words mean nothing, and losing some looks
-            like a gain.
-        rise_hi: upper end of its 95 % bootstrap interval (clips drawn with replacement).
+        rise: of the WER, absolute, over the sets that plain Whisper understands (`SpeechCosts`).
+        rise_hi: upper end of its 95 % bootstrap interval.
         emptied: share of the speech clips of all sets that came back without words and had some before.
-        emptied_hi: upper end of its 95 % bootstrap interval.
+        emptied_hi: upper end of its interval, among all or among understood sets, the larger one.
     """
 
     transcripts: Mapping[tuple[str, str], ClipTranscript]
@@ -88,61 +87,28 @@ class Heard:
     emptied_hi: float = 0.0
 
 
-UNDERSTOOD = 0.5  # plain WER up to which a set counts as understood
-_DRAWS = 2000
-
-
 def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscript]) -> Heard:
     """Set transcripts of a steered model against the clips' plain ones."""
-    counts: dict[str, list[tuple[int, int, int]]] = {}  # by set: words, errors, plain errors of each clip
-    for clip, transcript in zip(clips, transcripts, strict=True):
-        after = word_errors(clip.reference or "", transcript.text)
-        plain = word_errors(clip.reference or "", clip.transcript.text)
-        if after is not None and plain is not None:
-            counts.setdefault(clip.set, []).append((after.words, after.total, plain.total))
-    tables = [np.array(rows, dtype=float) for rows in counts.values()]
-    understood = [rows for rows in tables if rows[:, 2].sum() <= UNDERSTOOD * rows[:, 0].sum()]
     heard = {(clip.set, clip.id): t for clip, t in zip(clips, transcripts, strict=True)}
-    if not tables:
+    costs = SpeechCosts(clips)
+    words = float(costs.words.sum())
+    if not words:
         return Heard(heard, 0.0, 0.0, 0.0, 0.0)
-    words, errors, plain_errors = np.concatenate(tables).sum(axis=0)
-    emptied = [
-        bool(normalise(clip.transcript.text)) and not normalise(transcript.text)
-        for clip, transcript in zip(clips, transcripts, strict=True)
-        if clip.is_speech
-    ]
+    after = [heard[clip.set, clip.id] for clip in costs.clips]
+    errors = costs.errors([transcript.text for transcript in after])
+    emptied = np.array([clip.is_emptied(t) for clip, t in zip(costs.clips, after, strict=True)])
     return Heard(
         heard,
-        float(errors / words),
-        float(plain_errors / words),
-        *_rise(np.concatenate(understood or tables)),
+        float(errors.sum() / words),
+        float(costs.plain.sum() / words),
+        *costs.rise(errors - costs.plain),
         float(np.mean(emptied)),
-        share_upper_end(sum(emptied), len(emptied)),
+        costs.share_hi(emptied),
     )
-
-
-def understood_sets(clips: Sequence[CalibrationClip]) -> set[str]:
-    """Names of the speech sets whose plain WER is at most UNDERSTOOD."""
-    totals: dict[str, np.ndarray] = {}
-    for clip in clips:
-        plain = word_errors(clip.reference or "", clip.transcript.text) if clip.is_speech else None
-        if plain is not None:
-            totals[clip.set] = totals.get(clip.set, np.zeros(2)) + (plain.words, plain.total)
-    return {name for name, (words, errors) in totals.items() if errors <= UNDERSTOOD * words}
 
 
 def _without_speech(clips: Sequence[Clip]) -> bool:
     return all(clip.kind == "nonspeech" for clip in clips)
-
-
-def _rise(rows: np.ndarray) -> tuple[float, float]:
-    """Rise of the WER from rows of (words, errors, plain errors), and the upper end of its interval."""
-    words, change = rows[:, 0], rows[:, 1] - rows[:, 2]
-    rise = float(change.sum() / words.sum())
-    if not change.any():
-        return rise, rise
-    draws = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_DRAWS)
-    return rise, float(np.quantile((draws @ change) / np.maximum(draws @ words, 1), 0.975))
 
 
 def first_windows(model: Whisper, clips: Sequence[Clip]) -> Tensor:
@@ -197,10 +163,7 @@ class Calibration:
         chosen = {name: clips for name, clips in sets.items() if name in known or _without_speech(clips)}
         sources = join_clips(chosen if known else sets, count=effort.joined, seed=seed)
         labels = label_clips(model, sources, cache=cache, progress=progress)
-        joined = [
-            CalibrationClip(clip.id, clip.category, clip.text or "", labels[clip.id].transcript, ())
-            for clip in sources
-        ]
+        joined = [CalibrationClip.of(clip, clip.category, labels[clip.id].transcript) for clip in sources]
         return cls(model, sets, fit, budget, effort, joined, sources)
 
     def hear(
@@ -242,17 +205,19 @@ class Calibration:
             if not chosen:
                 continue
             after = [heard.transcripts[clip.set, clip.id] for clip in chosen]
+            groups = [clip.group for clip in chosen]
             if chosen[0].is_speech:
                 references = [clip.reference or "" for clip in chosen]
-                row = speech_metrics(references, [t.text for t in after]).row()
-                plain = speech_metrics(references, [clip.transcript.text for clip in chosen]).row()
-                emptied = [
-                    bool(normalise(clip.transcript.text)) and not normalise(t.text)
-                    for clip, t in zip(chosen, after, strict=True)
-                ]
+                options: dict[str, Any] = {"groups": groups, "language": chosen[0].language}
+                row = speech_metrics(references, [t.text for t in after], **options).row()
+                texts = [clip.transcript.text for clip in chosen]
+                plain = speech_metrics(references, texts, **options).row()
+                emptied = [clip.is_emptied(t) for clip, t in zip(chosen, after, strict=True)]
                 rates[name] = {**row, "wrongly_emptied": sum(emptied) / len(emptied), "plain": plain}
             else:
-                row = nonspeech_metrics([t.outcome() for t in after]).row()
-                plain = nonspeech_metrics([clip.transcript.outcome() for clip in chosen]).row()
+                outcomes = [clip.outcome(t) for clip, t in zip(chosen, after, strict=True)]
+                row = nonspeech_metrics(outcomes, groups=groups).row()
+                outcomes = [clip.outcome(clip.transcript) for clip in chosen]
+                plain = nonspeech_metrics(outcomes, groups=groups).row()
                 rates[name] = {**row, "plain": plain}
         return rates

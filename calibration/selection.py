@@ -7,18 +7,24 @@ transcript, so the WER, the three rates and the share of speech that is lost fol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from calibration.decoding import ClipTranscript, withhold
-from calibration.evaluate import normalise, word_errors
+from calibration.evaluate import Outcome, WordErrors, normalise, word_errors
 from calibration.gate_fit import SPEECH
+from calibration.speech_costs import SpeechCosts
 from whisper_steer.errors import UsageError
 from whisper_steer.gate import MIN_FRAME_GATE, Gate
+
+if TYPE_CHECKING:
+    from calibration.corpus import Clip
 
 SMOOTHINGS = (9, 15, 21, 31)
 SHUT = 0.9999  # share of speech frames on which no edit may act
@@ -27,7 +33,6 @@ MARGIN = 15  # frames (0.3 s) beside speech that stay as they are
 # gates are compared at several budgets at once: one more or one less lost clip must not decide. Upwards,
 # since the budget is an interval's end: it allows few clips or none, and less than that would be the same.
 _BUDGET_FACTORS = (1.0, 2.0, 4.0, 8.0)
-_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ class CalibrationClip:
 
     Attributes:
         rows: for each window of the transcript, its row in the table of frame logits.
-        reference: what is said; None for non-speech.
+        reference: what is said; None for non-speech. language: of it, a code.
+        group: clips of one are not independent (a speaker, a source recording, variants of one recording);
+            default: a group of its own.
     """
 
     id: str
@@ -44,10 +51,46 @@ class CalibrationClip:
     reference: str | None
     transcript: ClipTranscript
     rows: tuple[int, ...]
+    group: str = ""
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.id)
+
+    @classmethod
+    def of(
+        cls,
+        clip: Clip,
+        set_name: str,
+        transcript: ClipTranscript,
+        rows: Sequence[int] = (),
+        *,
+        language: str = "en",
+    ) -> CalibrationClip:
+        """From a source clip and what plain Whisper made of it."""
+        reference = None if clip.kind == "nonspeech" else clip.text or ""
+        group = str(getattr(clip, "group", "") or clip.id)
+        return cls(clip.id, set_name, reference, transcript, tuple(rows), group, language)
 
     @property
     def is_speech(self) -> bool:
         return self.reference is not None
+
+    def errors(self, text: str) -> WordErrors | None:
+        """Of a text against the reference; None if that has no word."""
+        return word_errors(self.reference or "", text, self.language)
+
+    def has_words(self, text: str) -> bool:
+        return bool(normalise(text, self.language))
+
+    def is_emptied(self, after: ClipTranscript) -> bool:
+        """Whether plain Whisper wrote words and nothing is left of them."""
+        return self.has_words(self.transcript.text) and not self.has_words(after.text)
+
+    def outcome(self, after: ClipTranscript) -> Outcome:
+        """A transcript as an observation on non-speech."""
+        return after.outcome(self.language)
 
 
 @dataclass(frozen=True)
@@ -55,10 +98,10 @@ class Budget:
     """What may be lost on calibration speech.
 
     Attributes:
-        wer_rise: of the WER over all speech clips, absolute (0.001 = 0.1 percentage points), held against
-            the upper end of the rise's 95 % bootstrap interval.
-        share: of all speech clips that lose words to withholding, held against the upper end of its
-            interval, too (`share_upper_end`): 0.002 is one clip in 1,500 or more, and none of fewer.
+        wer_rise: of the WER over the speech sets that plain Whisper understands, absolute (0.001 = 0.1
+            percentage points), held against the upper end of the rise's 95 % bootstrap interval.
+        share: of speech clips that lose words to withholding, held against the upper end of its
+            interval, too (`SpeechCosts.share_hi`): 0.002 is one clip in 1,500 or more, and none of fewer.
         set_share: the same within any one set.
     """
 
@@ -80,7 +123,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What withholding at a threshold does, rates as shares of clips."""
+    """What withholding at a threshold does, rates as shares of clips. wer_rise: over the words that the
+    budget counts (`SpeechCosts`); wer_plain, wer: over all."""
 
     threshold: float
     wer_plain: float
@@ -90,6 +134,7 @@ class GateResult:
     nsp_fpr: float
     hr: float
     plain_text_fpr: float
+    wer_rise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,48 +173,43 @@ def _is_lost(clip: CalibrationClip, after: ClipTranscript) -> bool:
     """Whether withholding took words that were right, or all of them."""
     if after.text == clip.transcript.text:
         return False
-    before_errors = word_errors(clip.reference or "", clip.transcript.text)
-    after_errors = word_errors(clip.reference or "", after.text)
+    before_errors, after_errors = clip.errors(clip.transcript.text), clip.errors(after.text)
     worse = (
         before_errors is not None and after_errors is not None and after_errors.total > before_errors.total
     )
-    return worse or (bool(normalise(clip.transcript.text)) and not normalise(after.text))
+    return worse or clip.is_emptied(after)
 
 
 def evaluate_threshold(
     clips: Sequence[CalibrationClip], window_logits: np.ndarray, threshold: float
 ) -> GateResult:
     """WER, share of lost speech clips per set ("all" too) and the rates on non-speech at a threshold."""
-    words = errors = plain_errors = 0
+    costs = SpeechCosts(clips)
     lost: dict[str, list[bool]] = {}
     outcomes = []
     plain_text = []
+    texts = []
     for clip in clips:
         after = _after(clip, window_logits, threshold)
         if not clip.is_speech:
-            outcomes.append((bool(normalise(after.text)), after.nsp, after.hr))
-            plain_text.append(bool(normalise(clip.transcript.text)))
+            outcomes.append((clip.has_words(after.text), after.nsp, after.hr))
+            plain_text.append(clip.has_words(clip.transcript.text))
             continue
-        counted = word_errors(clip.reference or "", after.text)
-        plain = word_errors(clip.reference or "", clip.transcript.text)
-        if counted is not None and plain is not None:
-            words, errors, plain_errors = (
-                words + counted.words,
-                errors + counted.total,
-                plain_errors + plain.total,
-            )
+        texts.append(after.text)
         for name in (clip.set, "all"):
             lost.setdefault(name, []).append(_is_lost(clip, after))
+    errors, words = costs.errors(texts), max(float(costs.words.sum()), 1.0)
     text, nsp, hr = np.array(outcomes, dtype=float).T if outcomes else np.full((3, 1), np.nan)
     return GateResult(
         threshold=threshold,
-        wer_plain=plain_errors / max(words, 1),
-        wer=errors / max(words, 1),
+        wer_plain=float(costs.plain.sum()) / words,
+        wer=float(errors.sum()) / words,
         lost={name: float(np.mean(values)) for name, values in lost.items()},
         text_fpr=float(np.mean(text)),
         nsp_fpr=float(np.mean(nsp)),
         hr=float(np.mean(hr)),
         plain_text_fpr=float(np.mean(plain_text)) if plain_text else float("nan"),
+        wer_rise=costs.rise_value(errors - costs.plain),
     )
 
 
@@ -180,65 +220,34 @@ def lowest_threshold(clips: Sequence[CalibrationClip], window_logits: np.ndarray
     Between that and the next non-speech window it makes no difference on these clips, so the middle is
     taken: clips that are not here get as much room on either side.
     """
-    speech = [clip for clip in clips if clip.is_speech]
+    costs = SpeechCosts(clips)
+    speech = costs.clips
     sizes: dict[str, int] = {}
-    words = np.zeros(len(speech))
     by_logit: dict[float, list[int]] = {}
     for number, clip in enumerate(speech):
         sizes[clip.set] = sizes.get(clip.set, 0) + 1
-        plain = word_errors(clip.reference or "", clip.transcript.text)
-        words[number] = plain.words if plain is not None else 0
         for row in clip.rows:
             by_logit.setdefault(float(window_logits[row]), []).append(number)
-    upper_end = _upper_end(words)
     rise = np.zeros(len(speech))  # words more in error than plainly
-    lost: dict[int, str] = {}  # clip -> its set
+    lost = np.zeros(len(speech), dtype=bool)
     floor = min(by_logit, default=0.0) - 1.0
     for value in sorted(by_logit, reverse=True):
         for number in by_logit[value]:
             clip = speech[number]
             after = _after(clip, window_logits, np.nextafter(value, -np.inf))
-            before_errors = word_errors(clip.reference or "", clip.transcript.text)
-            after_errors = word_errors(clip.reference or "", after.text)
-            if before_errors is not None and after_errors is not None:
+            counted = clip.errors(after.text)
+            if counted is not None:
                 # a fall elsewhere must not pay for words that are lost here, so falls do not count
-                rise[number] = max(after_errors.total - before_errors.total, 0)
-            if _is_lost(clip, after):
-                lost[number] = clip.set
-            else:
-                lost.pop(number, None)
-        within = share_upper_end(len(lost), len(speech)) <= budget.share
-        within &= all(
-            list(lost.values()).count(name) <= budget.set_share * size for name, size in sizes.items()
-        )
-        if not within or upper_end(rise) > budget.wer_rise:
+                rise[number] = max(counted.total - costs.plain[number], 0)
+            lost[number] = _is_lost(clip, after)
+        by_set = Counter(speech[number].set for number in np.flatnonzero(lost))
+        within = all(count <= budget.set_share * sizes[name] for name, count in by_set.items())
+        if not within or costs.share_hi(lost) > budget.share or costs.rise(rise)[1] > budget.wer_rise:
             floor = value
             break
     others = [window_logits[row] for clip in clips if not clip.is_speech for row in clip.rows]
     above = [value for value in others if value > floor]
     return float((floor + min(above)) / 2) if above else float(floor)
-
-
-def share_upper_end(lost: int, clips: int) -> float:
-    """Upper end of the 95 % bootstrap interval of lost / clips, without drawing: how many of the lost ones
-    `clips` draws with replacement hold is binomial. 0 where nothing is lost."""
-    from scipy.stats import binom
-
-    return float(binom.ppf(0.975, clips, lost / clips)) / clips if lost else 0.0
-
-
-def _upper_end(words: np.ndarray) -> Callable[[np.ndarray], float]:
-    """Of the 95 % bootstrap interval of sum(rise) / sum(words), as a function of rise; both (clips,)."""
-    count = len(words)
-    shares = np.full(count, 1 / max(count, 1))
-    draws = np.random.default_rng(0).multinomial(count, shares, size=_DRAWS) if count else np.zeros((1, 0))
-    drawn_words = np.maximum(draws @ words, 1)
-
-    def upper_end(rise: np.ndarray) -> float:
-        (hit,) = np.nonzero(rise)
-        return float(np.quantile((draws[:, hit] @ rise[hit]) / drawn_words, 0.975)) if len(hit) else 0.0
-
-    return upper_end
 
 
 def window_choice(
@@ -264,7 +273,7 @@ def window_choice(
         "text_fpr": result.text_fpr,
         "hr": result.hr,
         "nsp_fpr": result.nsp_fpr,
-        "wer_rise": result.wer - result.wer_plain,
+        "wer_rise": result.wer_rise,
         "text_fpr_mean_over_budgets": over_budgets[0],
     }
     settled = replace(gate, threshold=result.threshold)

@@ -77,12 +77,13 @@ def measure_windows(
     labels: Mapping[str, Labels],
     *,
     batch: int = 8,
+    language: str = "en",
     progress: bool = True,
 ) -> tuple[WindowTable, dict[int, edit_fit.PooledClips]]:
     """One encoder pass over every window that plain `whisper.transcribe` looked at: all gates' frame
     logits, and by layer the clips' pooled latents and mean activations (first window, padding left out).
 
-    saes: the layers to pool, each with its SAE or with None: its mean activations alone.
+    saes: the layers to pool, each with its SAE or with None: its mean activations alone. language: of speech.
     """
     layers = sorted({*saes, *(layer for gate in gates.values() for layer in gate.layers)})
     logits: dict[str, list[np.ndarray]] = {name: [] for name in gates}
@@ -119,9 +120,8 @@ def measure_windows(
             if len(group) == batch:
                 flush(group)
                 group = []
-        reference = None if clip.kind == "nonspeech" else clip.text or ""
         if rows:  # too short for a single mel frame: nothing was decoded
-            clips.append(CalibrationClip(clip.id, name, reference, transcript, tuple(rows)))
+            clips.append(CalibrationClip.of(clip, name, transcript, rows, language=language))
     if group:
         flush(group)
     table = WindowTable(

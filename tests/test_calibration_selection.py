@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.corpus import Clip
 from calibration.decoding import ClipTranscript, DecodedWindow
 from calibration.gate_fit import NOBODY, SPEECH, UNCLEAR
 from calibration.selection import (
@@ -12,11 +13,11 @@ from calibration.selection import (
     choose_gate,
     evaluate_threshold,
     lowest_threshold,
-    share_upper_end,
     smoothed,
     with_frame_gate,
     with_spread,
 )
+from calibration.speech_costs import SpeechCosts, share_upper_end
 from whisper_steer.steering import Gate, Probe
 
 
@@ -180,3 +181,46 @@ def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
     other = with_frame_gate(gate(), logits, targets, min_run=10, margin=3)
     assert (other.min_run, other.margin) == (10, 3)
     assert with_frame_gate(gate(), logits, np.full_like(targets, UNCLEAR)).frame_scale == 1.0
+
+
+def test_a_clip_belongs_to_the_group_of_its_source():
+    transcript = calibration(1)[0].transcript
+    source = Clip("s/1#telephone", "real_speech", "real_telephone", "", "red", "speaker 7")
+    found = CalibrationClip.of(source, "real_telephone", transcript, [3, 4])
+    assert found.group == "speaker 7" and found.rows == (3, 4) and found.reference == "red"
+    noise = Clip("n/1", "nonspeech", "noise", "")
+    assert CalibrationClip.of(noise, "noise", transcript).group == "n/1"
+    assert CalibrationClip.of(noise, "noise", transcript).reference is None
+
+
+def test_clips_of_one_speaker_are_lost_together():
+    """Two of 24 clips lost: of speakers of their own, or both of one speaker."""
+    words = "red green blue pink grey white black brown orange purple"
+    alone = [clip(f"s{i}", i, words, words) for i in range(24)]
+    paired = [replace(one, group=f"speaker {i // 2}") for i, one in enumerate(alone)]
+    lost = np.array([True, True] + [False] * 22)
+    # P(more than 5 of 24 draws) < 2.5 % where 2 of 24 are lost
+    assert SpeechCosts(alone).share_hi(lost) == pytest.approx(5 / 24)
+    # one of 12 speakers: up to 3 of 12 draws
+    assert SpeechCosts(paired).share_hi(lost) == pytest.approx(3 / 12)
+    change = np.where(lost, 1.0, 0.0)
+    assert SpeechCosts(paired).rise(change) == (pytest.approx(2 / 240), pytest.approx(3 * 2 / 240))
+
+
+def test_sets_that_are_not_understood_do_not_dilute_a_budget():
+    clips = calibration(10)
+    wrong = "never any of this was said here " * 3
+    foreign = [clip(f"f{i}", 20 + i, wrong, "red green blue pink", "foreign") for i in range(30)]
+    logits = np.array([-9.0, -8, -7, -6, -5, -4, -3, -2, -1, 0, *np.linspace(-2.5, 9, 10), *[-99.0] * 30])
+    for budget in (Budget(0.29, 1, 1), Budget(1, 0.29, 1)):  # not one clip in ten: it may be up to three
+        assert lowest_threshold([*clips, *foreign], logits, budget) >= 0
+        assert lowest_threshold(clips, logits, budget) >= 0
+    allowed = lowest_threshold([*clips, *foreign], logits, Budget(0.3, 0.3, 0.1))
+    assert -1 <= allowed < 0
+    costs = SpeechCosts([*clips, *foreign])
+    assert costs.understood.sum() == 10 and len(costs.clips) == 40
+    change = np.zeros(40)
+    change[0], change[20] = 5, -100
+    assert costs.rise(change)[0] == pytest.approx(5 / 100)
+    events = np.arange(40) == 0
+    assert costs.share_hi(events) == pytest.approx(0.3)  # among the ten, not the forty
