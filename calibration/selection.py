@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from calibration.corpus import Clip
 
 SMOOTHINGS = (9, 15, 21, 31)
-SHUT = 0.9999  # share of speech frames on which no edit may act
+SHUT = 0.999  # share of speech frames on which no edit may act
 MIN_RUN = 50  # frames (1 s): shorter pauses stay as they are
 MARGIN = 15  # frames (0.3 s) beside speech that stay as they are
 # gates are compared at several budgets at once: one more or one less lost clip must not decide. Upwards,
@@ -337,17 +337,38 @@ def with_frame_gate(
     min_run: int = MIN_RUN,
     margin: int = MARGIN,
 ) -> Gate:
-    """Set slope, centre, shortest run and margin of the per-frame gate: shut (below 0.01, so exactly 0) on
-    the share `shut` of speech frames, 0.9 one logit above that.
+    """Set slope, centre, shortest run and margin of the per-frame gate: 0.01, where it opens, at the lowest
+    logit (never below 0) at which it is shut on the share `shut` of speech frames, 0.9 one logit above that.
 
+    What counts is where it acts, so frames that short runs and margins keep shut are shut: a weak frame
+    inside a word is no reason to leave a gap as it is.
     logits: (rows, frames) unsmoothed; targets: (rows, frames) SPEECH, NOBODY or UNCLEAR. min_run, margin: in
     frames.
     """
-    speech = smoothed(logits, gate.smooth)[targets == SPEECH]
-    if not len(speech):
+    spoken = targets == SPEECH
+    rows = spoken.any(axis=1)
+    if not rows.any():
         return gate
     shut_logit = float(np.log(MIN_FRAME_GATE / (1 - MIN_FRAME_GATE)))
     scale = float(np.log(0.9 / 0.1)) - shut_logit
+    by_row = torch.from_numpy(smoothed(logits[rows], gate.smooth))
+
+    def opening_at(logit: float) -> Gate:
+        bias = logit - shut_logit / scale
+        return replace(gate, frame_scale=scale, frame_bias=bias, min_run=min_run, margin=margin)
+
+    def open_share(logit: float) -> float:
+        opened = opening_at(logit).frame_gate(by_row).numpy() > 0
+        return float(opened[spoken[rows]].mean())
+
     # a logit of 0 says that either is as likely: the gate is never open below
-    centre = max(float(np.quantile(speech, shut)), 0.0) - shut_logit / scale
-    return replace(gate, frame_scale=scale, frame_bias=centre, min_run=min_run, margin=margin)
+    low, high = 0.0, max(0.0, float(by_row.numpy()[spoken[rows]].max())) + 0.01
+    if open_share(low) <= 1 - shut:
+        return opening_at(low)
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        if open_share(middle) <= 1 - shut:
+            high = middle
+        else:
+            low = middle
+    return opening_at(high)

@@ -166,8 +166,7 @@ def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
     assert (g[2:] > 0.9).float().mean() > 0.999  # far above speech it is open, not only half
     # from shut to 0.9 within one logit
     assert fitted.frame_scale == pytest.approx(np.log(9) + np.log(99), rel=1e-3)
-    limit = max(float(np.quantile(logits[targets == SPEECH], 0.9999)), 0.0)
-    probe = torch.tensor([[limit - 1e-3, limit + 1e-3, limit + 1.0]]).repeat_interleave(60, dim=1)
+    probe = torch.tensor([[-1e-3, 1e-3, 1.0]]).repeat_interleave(60, dim=1)
     low, edge, high = fitted.frame_gate(probe)[0].reshape(3, 60)[:, 30]
     assert low == 0 and 0.01 <= edge < 0.02 and high == pytest.approx(0.9, abs=0.005)
     # a pause shorter than a second stays as it is
@@ -181,6 +180,23 @@ def test_frame_gate_is_shut_on_speech_and_open_on_the_rest():
     other = with_frame_gate(gate(), logits, targets, min_run=10, margin=3)
     assert (other.min_run, other.margin) == (10, 3)
     assert with_frame_gate(gate(), logits, np.full_like(targets, UNCLEAR)).frame_scale == 1.0
+
+
+def test_frame_gate_opens_as_low_as_speech_allows_where_it_would_act():
+    """1,000 speech frames at -4; 40 of them at 3 in a run too short to open, 100 at 2 in a long one, of which
+    the 15 at either end are within the margin: 70 are open below 2."""
+    logits = np.full((1, 1000), -4.0, np.float32)
+    logits[0, 100:140], logits[0, 500:600] = 3.0, 2.0
+    targets = np.full((1, 1000), SPEECH, np.int8)
+
+    def opens_at(shut):
+        fitted = with_frame_gate(gate(), logits, targets, shut=shut)
+        rise = torch.arange(-1.0, 4.0, 0.001).repeat_interleave(200)[None]
+        return float(rise[fitted.frame_gate(rise) > 0].min())
+
+    assert opens_at(0.929) == pytest.approx(0.0, abs=0.002)  # 71 frames may be open
+    assert opens_at(0.931) == pytest.approx(2.0, abs=0.02)  # 69 may not: only 0 would do
+    assert opens_at(1.0) == pytest.approx(2.0, abs=0.02)  # the peak at 3 is too short to matter
 
 
 def test_a_clip_belongs_to_the_group_of_its_source():
