@@ -8,7 +8,7 @@ speech clips; what it leaves is the text-FPR on the same non-speech clips.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import grouped
@@ -27,6 +27,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 OTHERS = "others"
 
+RATES = ("nsp_fpr", "hr", "words_per_min", "wer", "sub", "del", "ins", "lost_speech")
+
 Row = Mapping[str, Any]
 
 
@@ -35,7 +37,8 @@ class Setting:
     """One method at one strength on all clips of a group; fractions, None where not measured.
 
     rise: WER less that of plain Whisper. Its interval is that of the paired difference; lo = hi = value if
-    only rates were kept, not what was heard. seconds: compute per minute of audio.
+    only rates were kept, not what was heard. seconds: compute per minute of audio. rates: the others, of
+    RATES, that were measured.
     """
 
     method: str
@@ -46,6 +49,7 @@ class Setting:
     empty: Rate | None = None
     words_per_min: float | None = None
     seconds: float | None = None
+    rates: Mapping[str, Rate] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -131,6 +135,11 @@ def settings_of(
                 PLAIN if is_plain else method, strength, fpr, Rate(0, 0, 0) if is_plain else rise, wer.value,
                 rate_of(spoken, "empty_speech"), silent.get("words_per_min"),
                 known / minutes if known is not None and minutes else None,
+                {
+                    name: rate
+                    for name in RATES
+                    if (rate := rate_of(silent, name) or rate_of(spoken, name)) is not None
+                },
             )
         )  # fmt: skip
     return sorted(found, key=lambda one: one.method != PLAIN)

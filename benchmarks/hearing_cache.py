@@ -7,9 +7,9 @@
     OUT/rows.json, OUT/paired.json          what `reports` and `paired` make of them
 
 A line of a heard file is an object with "id" and "crc" (the clip and its audio), "fingerprint" (the model,
-and what else the words depend on), the fields of `Heard` (text, segments, nsp, hr, seconds), and for plain
-Whisper "transcript", the windows behind them. Lines of another fingerprint or of other audio stay, and are
-not read; of several lines for one clip the last one counts.
+and what else the words depend on), the fields of `Heard` (text, segments, nsp, hr, seconds), "threads" (of
+PyTorch, while that was timed), and for plain Whisper "transcript", the windows behind them. Lines of another
+fingerprint or of other audio stay, and are not read; of several lines for one clip the last one counts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+import torch
 
 from benchmarks.files import write_whole
 from benchmarks.methods import Heard
@@ -148,7 +149,9 @@ class HearingCache:
     """The heard files under OUT."""
 
     def __init__(self, out: Path) -> None:
+        """threads: the numbers of PyTorch's threads with which what was read or added here was timed."""
         self.out = out
+        self.threads: set[int] = set()
 
     def path(self, method: str, strength: float) -> Path:
         return self.out / HEARD / quote(method, safe="+-_.") / f"{strength:g}.jsonl"
@@ -160,11 +163,14 @@ class HearingCache:
             if line.get("fingerprint") == fingerprint:
                 finished = _finished(line)
                 found[finished.id, finished.crc] = finished
+                if "threads" in line:
+                    self.threads.add(line["threads"])
         return found
 
     def append(self, method: str, strength: float, fingerprint: str, done: Iterable[Finished]) -> None:
         """Adds lines; each is written in one piece, and a half line of a killed run is ended first."""
         path = self.path(method, strength)
+        self.threads.add(torch.get_num_threads())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
@@ -191,6 +197,7 @@ class HearingCache:
 
 def _line(finished: Finished, fingerprint: str) -> str:
     line = {"id": finished.id, "crc": finished.crc, "fingerprint": fingerprint}
+    line["threads"] = torch.get_num_threads()
     for field in fields(Heard):
         line[field.name] = getattr(finished.heard, field.name)
     if finished.transcript is not None:

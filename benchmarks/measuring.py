@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import reports
 from benchmarks.hearing_cache import ClipRecord, HearingCache
 from benchmarks.listening import listen
-from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.methods import AT_ONCE, Heard, Method, Setup, Unavailable
 from benchmarks.rows import Measured, paired, pools, summarise, understood
 from whisper_steer.errors import UsageError
 
@@ -141,6 +142,7 @@ def describe_methods(
             method.name: {
                 "about": method.about,
                 "strengths": list(strengths[method.name]),
+                "timed": getattr(method, "timed", AT_ONCE),
                 "fingerprint": results.fingerprints[method.name],
             }
             for method in methods
@@ -150,6 +152,18 @@ def describe_methods(
         "not_in_quick": [method.name for method in methods if not strengths[method.name]],
         "reference": list(REFERENCE),
     }
+
+
+def gate_threshold(setup: Setup) -> float | None:
+    """The probability that nobody speaks from which the measured steering withholds a window at alpha 1; None
+    if it has no gate."""
+    from benchmarks.peers.ours import steering_of
+
+    try:
+        gate = steering_of(setup).gate
+    except Unavailable:
+        return None
+    return None if gate is None else 1 / (1 + math.exp(-gate.window_threshold(1.0)))
 
 
 def gate_scores(setup: Setup, sets: Sets) -> dict[str, float]:

@@ -5,9 +5,10 @@ Method objects. `Setup` is what they may use: the model, its SAEs, the calibrati
 plain Whisper (methods may be fitted on those, never on the test split), and plain Whisper's transcripts of
 the clips that are measured, for methods that only judge what plain Whisper wrote.
 
-A method may have two more members: quick_strengths, the range of a quick run (none: left out of it), and
-fingerprint(setup), a string that changes with what its words depend on beside the model's weights; without
-it that is taken to be everything that methods can be fitted on.
+A method may have more members: quick_strengths, the range of a quick run (none: left out of it);
+fingerprint(setup), a string that changes with what its words depend on beside the model's weights (without
+it that is taken to be everything that methods can be fitted on); and timed, how its seconds come about, a key
+of TIMED (without it: AT_ONCE).
 """
 
 from __future__ import annotations
@@ -30,6 +31,22 @@ if TYPE_CHECKING:
     from whisper_steer.sae import SparseAutoencoder
 
 
+AT_ONCE, ALONE, FASTER, BEHIND_VAD, JUDGED, GATED = (
+    "8 at once", "one by one", "one by one, beam 5", "8 at once behind VAD", "plain + judging",
+    "plain, or encoder alone",
+)  # fmt: skip
+# how seconds of compute come about: only methods that are run alike can be compared by them
+TIMED: Mapping[str, str] = {
+    AT_ONCE: "eight clips are decoded as one batch and share its time",
+    ALONE: "every clip is transcribed by itself, which takes longer per clip than a batch",
+    FASTER: "every clip by itself in CTranslate2, with faster-whisper's default beam search",
+    BEHIND_VAD: "the VAD reads clip by clip (in one thread), the stretches of eight clips are one batch",
+    JUDGED: "the time in which plain Whisper decodes everything, and that of judging it: nothing is saved",
+    GATED: "of a clip whose windows are all withheld the encoder's time, clip by clip; of any other plain "
+    "Whisper's, whose encoder has the states that the probe reads",
+}
+
+
 class Unavailable(WhisperSteerError):
     """A method cannot run here; the message is the reason, one line."""
 
@@ -39,8 +56,9 @@ class Heard:
     """What a method made of one clip.
 
     text: as the method's runtime returns it. segments: (start, end, text), seconds, in time order. nsp, hr:
-    the two label events of the first greedy pass (a suppressed window counts as recognised non-speech); None
-    where the runtime does not show the scores. seconds: compute time spent on the clip.
+    the two label events of the first greedy pass, or of the transcript's segments in runtimes that show only
+    these (what was suppressed, skipped or left out counts as recognised non-speech); None where the runtime
+    does not show the scores. seconds: compute time spent on the clip, see TIMED.
     """
 
     text: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmarks.frontiers import (
 )
 from benchmarks.hearing_cache import PAIRED, ROWS, ClipRecord, HearingCache, read_clips, read_run
 from calibration.evaluate import Rate
-from whisper_steer.errors import FormatError, WhisperSteerError
+from whisper_steer.errors import FormatError
 
 Texts = Mapping[tuple[str, float], Mapping[str, str]]  # (method, strength) -> clip id -> what was heard
 
@@ -33,7 +32,7 @@ class ReportData:
     run: run.json. rows: of the benchmark. settings: pooled, with paired changes of WER where the texts are
     kept. halves: the same for "synthetic clips" and "real recordings" where the run has both. paired:
     differences from ours. clips: with the scores of plain Whisper and the gate. gate_threshold: probability
-    above which the gate withholds a window at alpha 1, None where there is no gate.
+    above which the measured gate withholds a window at alpha 1, None where there is none.
     """
 
     run: Mapping[str, Any]
@@ -75,10 +74,10 @@ def read_report_data(out: Path) -> ReportData:
     if own is not None and (PLAIN, 0.0) in texts:
         failures = worst_failures(clips, texts[PLAIN, 0.0], texts.get((OURS, own.strength), {}))
     paired = _json(out / PAIRED) if (out / PAIRED).is_file() else []
-    threshold = gate_threshold(run) if any(clip.gate is not None for clip in clips) else None
     return ReportData(
-        run, rows, settings, halves if len(halves) == 2 else {}, paired, clips, failures, threshold
-    )
+        run, rows, settings, halves if len(halves) == 2 else {}, paired, clips, failures,
+        run.get("gate_threshold"),
+    )  # fmt: skip
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
@@ -125,18 +124,6 @@ def rises_of(clips: Sequence[ClipRecord], texts: Texts) -> dict[tuple[str, float
         setting: paired_rise(references, before, [heard[clip.id] for clip in speech], groups)
         for setting, heard in texts.items()
     }
-
-
-def gate_threshold(run: Mapping[str, Any]) -> float | None:
-    """The probability from which the run's steering withholds a window at alpha 1; None if that is not
-    known."""
-    from whisper_steer.zoo import load_steering
-
-    try:
-        gate = load_steering(run.get("steering") or "default", run.get("model") or "").gate
-    except WhisperSteerError:
-        return None  # the file is gone: the picture does without the line
-    return None if gate is None else 1 / (1 + math.exp(-gate.window_threshold(1.0)))
 
 
 def set_rows(

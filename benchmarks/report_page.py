@@ -238,7 +238,8 @@ def _frontier_section(data: ReportData, pictures: Mapping[str, Picture]) -> Mark
     caption = (
         "Every point is a method at one strength, on the same held-out clips; bars are 95 % bootstrap "
         "intervals that draw speakers and sources whole, of WER that of the paired difference. Star: plain "
-        "Whisper. Ring: whisper-steer as it is by default. Names stand at each method's best setting within one point of "
+        "Whisper. Ring: whisper-steer as it is by default. Names stand at each method's best setting within "
+        "one point of "
         "WER. Shaded: the target."
     )
     alt = "scatter plot of hallucination rate against change of word error rate, one line per method"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.frontiers import MAX_COST, OURS, PLAIN, Setting, rate_of, representatives
+from benchmarks.methods import TIMED
 from benchmarks.report_data import ReportData, set_rows
 from calibration.evaluate import Rate
 from calibration.html_report import (
@@ -51,26 +52,65 @@ def interval(rate: Rate | None, scale: float = 100.0, digits: int = 1, sign: boo
     return Markup(f"{shown} <span class='ci'>{span}</span>".replace("-", "−"))
 
 
-def _setting_row(one: Setting, plain: Setting | None, about: str = "") -> Row:
+NOT_GIVEN = "not given"  # by the method's runtime
+
+
+def _named(one: Setting, about: str) -> tuple[object, str]:
+    """The first two cells of a setting."""
+    name = Markup(f"<span title='{text(about)}'>{text(one.method)}</span>") if about else one.method
+    return name, "" if one.method == PLAIN else f"{one.strength:g}"
+
+
+def _three_rates(one: Setting) -> list[object]:
+    """text-FPR, nsp-FPR and HR."""
+    others = (one.rates.get(name) for name in ("nsp_fpr", "hr"))
+    return [interval(one.text_fpr), *(NOT_GIVEN if rate is None else interval(rate) for rate in others)]
+
+
+def _spent(one: Setting) -> str | None:
+    return None if one.seconds is None else f"{one.seconds:.1f}"
+
+
+def _summary_row(one: Setting, data: ReportData) -> Row:
+    plain, is_plain = data.plain, one.method == PLAIN
     relative = None
     if plain is not None and plain.text_fpr.value:
         relative = f"{100 * (one.text_fpr.value / plain.text_fpr.value - 1):+.0f} %".replace("-", "−")
-    is_plain = one.method == PLAIN
-    name = Markup(f"<span title='{text(about)}'>{text(one.method)}</span>") if about else one.method
+    first, *others = _three_rates(one)
     return Row(
         (
-            name, "" if is_plain else f"{one.strength:g}", interval(one.text_fpr),
-            "" if is_plain else relative, "" if is_plain else interval(one.rise, digits=2, sign=True),
-            interval(one.empty), None if one.words_per_min is None else amount(one.words_per_min),
-            None if one.seconds is None else f"{one.seconds:.1f}",
+            *_named(one, _abouts(data).get(one.method, "")), first, "" if is_plain else relative, *others,
+            "" if is_plain else interval(one.rise, digits=2, sign=True), interval(one.empty),
+            None if one.words_per_min is None else amount(one.words_per_min), _spent(one),
+            _timed(data, one.method),
         ),
         strong=one.method == OURS,
     )  # fmt: skip
 
 
-COLUMNS = (
-    "method", "strength", "text-FPR %", "against plain", "WER change, points", "empty speech %",
-    "invented words/min", "compute, s/min",
+SUMMARY = (
+    "method", "strength", "text-FPR %", "against plain", "nsp-FPR %", "HR %", "WER change, points",
+    "empty speech %", "invented words/min", "compute, s/min", "run",
+)  # fmt: skip
+
+
+def _full_row(one: Setting, data: ReportData) -> Row:
+    parts = [interval(one.rates.get(name)) for name in ("wer", "sub", "del", "ins")]
+    return Row(
+        (
+            *_named(one, ""), *_three_rates(one), interval(one.rates.get("words_per_min"), 1.0),
+            "" if one.method == PLAIN else interval(one.rise, digits=2, sign=True), *parts,
+            interval(one.empty), interval(one.rates.get("lost_speech")), _spent(one),
+            _timed(data, one.method),
+        ),
+        strong=one.method == OURS,
+    )  # fmt: skip
+
+
+FULL = (
+    "method", "strength", "text-FPR %", "nsp-FPR %", "HR %", "invented words/min", "WER change, points",
+    "WER %", "substitutions %", "deletions %", "insertions %", "empty speech %", "lost speech %",
+    "compute, s/min", "run",
 )  # fmt: skip
 
 
@@ -84,20 +124,47 @@ def method_sections(data: ReportData) -> list[Markup]:
     )
     within = [one for one in chosen if one.rise.value <= MAX_COST]
     beyond = [one for one in chosen if one.rise.value > MAX_COST]
-    abouts = _abouts(data)
-    rows: list[Row | Divider] = [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in within]
+    rows: list[Row | Divider] = [_summary_row(one, data) for one in within]
     if beyond:
         limit = f"{100 * MAX_COST:g} point of WER"
         rows.append(Divider(f"Cost more than {limit} at every strength; shown at the cheapest:"))
-        rows += [_setting_row(one, data.plain, abouts.get(one.method, "")) for one in beyond]
-    parts = [table(COLUMNS, rows, left=1)]
-    every = [_setting_row(one, data.plain) for one in data.settings]
-    parts.append(details(f"All {len(every)} settings", table(COLUMNS, every, left=1)))
+        rows += [_summary_row(one, data) for one in beyond]
+    every = [_full_row(one, data) for one in data.settings]
+    parts = [
+        table(SUMMARY, rows, left=1),
+        details(f"All {len(every)} settings", table(FULL, every, left=1)),
+        Markup(f"<p class='note'>{text(SCORES_NOTE)}</p>"),
+        Markup(f"<p class='note'>{text(_time_note(data))}</p>"),
+    ]
     note = (
         f"Each at its best strength within {100 * MAX_COST:g} point of WER on these very clips, which "
         f"favours the competitors; {OURS} at its default. Value [95 % interval]. Lowest text-FPR first."
     )
     return [section("Methods", *parts, note=note)]
+
+
+SCORES_NOTE = (
+    "nsp-FPR (no_speech_prob below 0.5) and HR (openai-whisper's skip rule would keep it) are of every 30 s "
+    "window, greedy; of faster-whisper and of the gate as speech finder, of the segments in the transcript. "
+    "What a method withholds, skips or leaves out counts as recognised non-speech. "
+    f"{NOT_GIVEN.capitalize()}: the runtime does not show the scores."
+)
+
+
+def _time_note(data: ReportData) -> str:
+    """How the compute column came about: threads, and what each entry under "run" means."""
+    threads = data.run.get("threads")
+    used = " or ".join(map(str, threads)) if threads else "an unrecorded number of"
+    words = f"Compute: wall-clock seconds per minute of audio, {used} PyTorch thread"
+    names = dict.fromkeys(_timed(data, one.method) for one in data.settings)
+    meant = [f"{name}: {TIMED[name]}" for name in names if name is not None and name in TIMED]
+    return ". ".join([f"{words}{'' if threads == [1] else 's'}", *meant]) + "."
+
+
+def _timed(data: ReportData, method: str) -> str | None:
+    """How the method was run, a key of TIMED; None where the run does not say."""
+    found = data.run.get("methods", {}).get(method, {}).get("timed")
+    return None if found is None else str(found)
 
 
 def category_tables(data: ReportData) -> list[Markup]:
@@ -184,14 +251,18 @@ def run_sections(data: ReportData) -> list[Markup]:
     if abouts:
         rows = [Row((name, about)) for name, about in abouts.items()]
         found.append(section("What the methods are", table(("method", "what it does"), rows, left=2)))
-    shown = ("command", "package_version", "model", "steering", "data", "quick", "measured", "wall_seconds")
+    shown = (
+        "command", "package_version", "model", "steering", "data", "quick", "measured", "threads",
+        "wall_seconds",
+    )  # fmt: skip
     measured = {name.replace("_", " "): data.run[name] for name in shown if data.run.get(name) is not None}
+    if isinstance(measured.get("threads"), list):
+        measured["threads"] = " or ".join(map(str, measured["threads"]))
     terms = paragraph(
         "text-FPR: share of non-speech clips that came back with words after Whisper's English text "
         "normaliser. WER: over clips with a reference, errors over words. Empty speech: share of speech "
         "clips whose transcript holds no word. Intervals: 95 %, 1,000 bootstrap draws of whole speakers and "
-        "source recordings (a synthetic clip stands alone), the same draws for all methods. Compute: "
-        "seconds of one thread of work per minute of audio."
+        "source recordings (a synthetic clip stands alone), the same draws for all methods."
     )
     found.append(section("How it was measured", joined((terms, facts(measured)))))
     return found

@@ -33,9 +33,9 @@ IN_SET_TABLE = ("whisper-steer", "whisper-steer+vad", "silero", "linear-gate")  
 Row = dict[str, Any]
 
 
-def _percent(row: Row, name: str, scale: float = 100.0) -> str:
+def _percent(row: Row, name: str, scale: float = 100.0, none: str = "-") -> str:
     if row.get(name) is None:
-        return "-"
+        return none
     value, lo, hi = (scale * row[name + end] for end in ("", "_lo", "_hi"))
     return f"{value:.1f} [{lo:.1f}, {hi:.1f}]"
 
@@ -120,7 +120,7 @@ def tables(rows: Sequence[Row], minutes: Mapping[str, float] | None = None) -> l
     for method, alpha, silent, spoken in pooled:
         new = method != previous
         if silent:
-            rates = [_percent(silent, name) for name in ("text_fpr", "nsp_fpr", "hr")]
+            rates = [_percent(silent, name, none="not given") for name in ("text_fpr", "nsp_fpr", "hr")]
             words = _percent(silent, "words_per_min", 1.0)
             _add(nonspeech, new, method, alpha, *rates, words, effort(silent))
         if spoken:

@@ -212,6 +212,8 @@ def run(options: argparse.Namespace) -> None:
         "data": None if options.data is None else str(options.data.resolve()),
         "quick": options.quick,
         "steering": options.steering,
+        "gate_threshold": measuring.gate_threshold(setup),
+        "threads": sorted(cache.threads),
         **measuring.describe_methods(methods, strengths, results),
         "sets": corpus.describe({group: [clip for clip, _ in pairs] for group, pairs in sets.items()}),
         "wall_seconds": round(time.perf_counter() - began, 1),

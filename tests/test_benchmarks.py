@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_tools import Says, clip, prepared, setup_for, shift_for, small_whisper
 from tiny import says
 from whisper.model import Whisper
@@ -14,7 +15,7 @@ from whisper.model import Whisper
 from benchmarks import listening, measuring, reports, tradeoff
 from benchmarks.files import write_whole
 from benchmarks.hearing_cache import HearingCache, read_clips, read_run
-from benchmarks.methods import Setup
+from benchmarks.methods import AT_ONCE, Setup
 from benchmarks.peers.ours import METHODS as OURS
 from benchmarks.peers.plain import Plain
 from whisper_steer.errors import UsageError
@@ -108,6 +109,18 @@ def test_what_is_kept_depends_on_openai_whispers_version_and_on_how_methods_are_
     assert len({first, second, fits()}) == 3
 
 
+def test_the_threads_with_which_kept_results_were_timed_are_known(small: Whisper, tmp_path: Path) -> None:
+    sets = prepared(clip("noise/0", "nonspeech"))
+    run_methods(setup_for(small, tmp_path), tmp_path, [Says("says", "you")], sets)
+    path = HearingCache(tmp_path).path("says", 1.0)
+    path.write_text(path.read_text().replace(f'"threads": {torch.get_num_threads()}', '"threads": 77'))
+    cache = HearingCache(tmp_path)
+    assert cache.read("says", 1.0, "another") == {} and cache.threads == set()
+    assert len(cache.read("says", 1.0, "f")) == 1 and cache.threads == {77}
+    cache.append("says", 1.0, "f", [])
+    assert cache.threads == {77, torch.get_num_threads()}
+
+
 def test_a_method_that_measures_strength_0_itself_keeps_its_own(small: Whisper, tmp_path: Path) -> None:
     sets = prepared(clip("noise/0", "nonspeech"))
     methods = [Plain(), Says("base", "bye bye", (0.0,))]
@@ -150,8 +163,11 @@ def test_clips_have_the_scores_of_plain_whisper_and_of_the_gate(
     for record, heard in zip(found, plain, strict=True):
         assert record.gate == pytest.approx(1 / (1 + math.exp(-logit)))
         assert (record.no_speech_prob, record.avg_logprob) == heard.greedy[0]
+    line = 1 / (1 + math.exp(-says(nobody).window_threshold(1.0)))
+    assert measuring.gate_threshold(setup) == pytest.approx(line)
     setup.memory.clear()
     setup.steering = None  # none is bundled for this model
+    assert measuring.gate_threshold(setup) is None
     assert [record.gate for record in measuring.scored_records(setup, sets)] == [None, None]
 
 
@@ -258,6 +274,8 @@ def test_command_prints_and_writes_everything(
     run = read_run(out)
     assert run["sets"]["noise"]["clips"] == 1 and list(run["methods"]) == ["plain", "whisper-steer"]
     assert run["steering"] == str(bench) and run["unavailable"] == {}
+    assert run["threads"] == [torch.get_num_threads()] and run["gate_threshold"] is None
+    assert run["methods"]["whisper-steer"]["timed"] == AT_ONCE
     records = read_clips(out)
     assert [(record.id, record.set, record.is_speech) for record in records] == [
         ("speech/0", "speech", True), ("noise/0", "noise", False),

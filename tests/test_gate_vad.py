@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -318,6 +320,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 # ---------- as a benchmark method
 
 
+@pytest.mark.parametrize(
+    ("scores", "events"),
+    [
+        ([(0.9, -0.2), (0.7, -3.0)], (False, True)),
+        ([(0.4, -3.0)], (True, True)),
+        ([(0.7, -2.0)], (False, False)),
+    ],
+)
+def test_label_events_of_the_benchmark_method_are_those_of_its_segments(
+    tiny_whisper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: Any, events: Any
+) -> None:
+    path = tmp_path / "steering.safetensors"
+    constant_steering(tiny_whisper, 4.0).save(path)
+    setup = Setup(tiny_whisper, "tiny", tmp_path, lambda c: [], lambda c: [], steering=str(path))
+    segments = [
+        SimpleNamespace(start=0, end=1, text=" a", no_speech_prob=p, avg_logprob=logprob)
+        for p, logprob in scores
+    ]
+    found = SimpleNamespace(text=" a", segments=segments)
+    module = importlib.import_module("whisper_steer.transcribe")
+    monkeypatch.setattr(module, "transcribe", lambda *args, **options: found)
+    sound = Clip("a", "long", "long", "test", None, "a", audio=lambda: tone(2.0))
+    (heard,) = SteeredStretches("ours", "about").hear(setup, 1.0, [sound])
+    assert (heard.nsp, heard.hr) == events
+
+
 def test_the_benchmark_method(tiny_whisper: Any, tmp_path: Path) -> None:
     path = tmp_path / "steering.safetensors"
     constant_steering(tiny_whisper, 4.0).save(path)
@@ -328,7 +356,8 @@ def test_the_benchmark_method(tiny_whisper: Any, tmp_path: Path) -> None:
     method.prepare(setup)
     sound = Clip("a", "long", "long", "test", None, "a", audio=lambda: tone(2.0))
     (heard,) = method.hear(setup, 1.0, [sound])
-    assert (heard.text, heard.segments, heard.nsp, heard.hr) == ("", (), None, None) and heard.seconds > 0
+    assert (heard.text, heard.segments, heard.nsp, heard.hr) == ("", (), False, False)
+    assert heard.seconds > 0  # what was left out is recognised non-speech
     other = replace(method, options=GateVad(threshold=0.25))
     assert method.fingerprint(setup) != other.fingerprint(setup)
     replace(constant_steering(tiny_whisper, 4.0), gate=None).save(path)

@@ -12,8 +12,20 @@ from test_sae import random_sae
 
 from benchmarks.hearing_cache import HearingCache
 from benchmarks.listening import PlainWhisper
-from benchmarks.methods import Heard, Setup, Unavailable
+from benchmarks.methods import (
+    ALONE,
+    AT_ONCE,
+    BEHIND_VAD,
+    FASTER,
+    GATED,
+    JUDGED,
+    TIMED,
+    Heard,
+    Setup,
+    Unavailable,
+)
 from benchmarks.peers import all_methods, linear_gate, no_speech_prob, openai_thresholds, ours, phrase_filter
+from benchmarks.peers.intervention import label_events
 from benchmarks.peers.judging import judge
 from calibration.decoding import ClipTranscript, DecodedWindow
 from calibration.hallucinations import labels_of
@@ -62,6 +74,12 @@ def test_every_method_has_its_own_name_and_range() -> None:
         assert list(method.strengths) == sorted(set(method.strengths)) and method.strengths[0] >= 0
         assert set(getattr(method, "quick_strengths", ())) <= set(method.strengths)
         assert "strength: " in method.about and "\n" not in method.about
+        assert getattr(method, "timed", AT_ONCE) in TIMED
+    timed = {method.name: getattr(method, "timed", AT_ONCE) for method in methods}
+    assert timed["plain"] == timed["whisper-steer"] == timed["calm-whisper"] == AT_ONCE
+    assert timed["whisper-steer+gate-vad"] == ALONE and timed["faster-whisper-batched-vad"] == FASTER
+    assert timed["silero"] == timed["whisper-steer+vad"] == BEHIND_VAD
+    assert timed["phrase-filter"] == JUDGED and timed["linear-gate"] == GATED
 
 
 # -- judging --------------------------------------------------------------------------------------------
@@ -197,6 +215,19 @@ def test_linear_gate_withholds_tones_and_is_fitted_once(setup, monkeypatch) -> N
         method.prepare(setup)
 
 
+def test_linear_gate_counts_the_encoder_where_it_saves_the_decoder(setup) -> None:
+    method = linear_gate.METHODS[0]
+    clips, plain = EVERY[5:7], setup.plain(EVERY[5:7])
+    method.prepare(setup)
+    gate = setup.memory[linear_gate._GATE]
+    scored = linear_gate._scores(setup, gate, clips)
+    for number, clip in enumerate(clips):
+        setup.memory[linear_gate._SCORES][clip] = replace(scored[clip], seconds=100.0 + number)
+    speech, tone = method.hear(setup, 0.001, clips)
+    assert speech.text == plain[0].text and plain[0].seconds <= speech.seconds < plain[0].seconds + 1
+    assert tone.text == "" and tone.seconds == 101.0
+
+
 # -- openai-whisper's thresholds ------------------------------------------------------------------------
 
 
@@ -225,6 +256,8 @@ def test_a_window_that_the_rule_skips_counts_as_recognised() -> None:
     }
     for options, expected in rules.items():
         assert [openai_thresholds.skips(*scores, dict(options)) for scores in greedy] == expected
+    assert label_events([]) == (False, False) and label_events(greedy[1:]) == (False, True)
+    assert label_events(greedy[2:]) == (False, False) and label_events(greedy[:1]) == (True, True)
     heard = Heard("", (), None, None, 1.0)
     events = [
         (found.nsp, found.hr)

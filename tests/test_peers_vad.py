@@ -152,7 +152,10 @@ def test_faster_whisper_with_and_without_its_vad(setup, conversation, batched):
     assert normalise(told[1].text) != "" and filtered[1].text == "" and filtered[1].segments == ()
     for heard in (*told, *filtered):
         assert heard.text == "".join(text for _, _, text in heard.segments)
-        assert heard.nsp is None and heard.hr is None and heard.seconds > 0
+        assert heard.seconds > 0
+    # a confident sentence escapes the skip rule; where the VAD left all out there is nothing to keep
+    assert [(one.nsp, one.hr) for one in told] == [(True, True), (told[1].nsp, True), (True, True)]
+    assert [(one.nsp, one.hr) for one in filtered] == [(True, True), (False, False), (True, True)]
     second = (37 * RATE + len(speech)) / RATE
     assert filtered[2].segments[0][0] == pytest.approx(5, abs=1)
     assert filtered[2].segments[-1][1] == pytest.approx(second + len(speech) / RATE, abs=1)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_html_report import check
 
-from benchmarks import report_page
+from benchmarks import report_page, report_tables
 from benchmarks.failures import DELETED, LEFT, marked_words, worst_failures
 from benchmarks.frontiers import (
     Setting,
@@ -25,7 +25,7 @@ from benchmarks.frontiers import (
     settings_of,
 )
 from benchmarks.hearing_cache import PAIRED, ROWS, RUN, ClipRecord, Finished, HearingCache, write_clips
-from benchmarks.methods import Heard
+from benchmarks.methods import AT_ONCE, BEHIND_VAD, TIMED, Heard
 from benchmarks.report_data import read_report_data, read_texts, set_rows
 from benchmarks.report_tables import interval, percent, points
 from benchmarks.rows import Measured, paired, summarise
@@ -197,9 +197,10 @@ def write_run(out: Path, **changed: object) -> Path:
         "model": "no-such-model",
         "measured": "tiny & made up", "steering": None, "data": None, "quick": True, "wall_seconds": 3.5,
         "methods": {
-            name: {"about": f"about {name}", "fingerprint": f"print-{name}"}
-            for name in ("plain", "whisper-steer", "silero")
+            name: {"about": f"about {name}", "fingerprint": f"print-{name}", "timed": timed}
+            for name, timed in (("plain", AT_ONCE), ("whisper-steer", AT_ONCE), ("silero", BEHIND_VAD))
         },
+        "threads": [1, 2], "gate_threshold": 0.9991,
         "unavailable": {"acoustic-abstention": "it needs <training>"},
         **changed,
     }  # fmt: skip
@@ -236,7 +237,7 @@ def test_a_run_is_read_with_paired_changes_and_plain_once(tmp_path: Path) -> Non
     assert [one.rise.value for one in data.halves["real recordings"]] == [0, 0, 0, 0]
     assert data.halves["synthetic clips"][2].rise.value == pytest.approx(2 / 5)
     assert [(one.clip.id, one.words) for one in data.failures] == [("speech/1", 2), ("noise/0", 3)]
-    assert data.gate_threshold is None  # the run's model has no steering any more
+    assert data.gate_threshold == 0.9991  # the run's own, whatever steering is kept today
 
 
 def test_what_was_heard_counts_only_with_the_runs_fingerprint(tmp_path: Path) -> None:
@@ -287,6 +288,36 @@ def test_the_page_answers_first_and_holds_everything(tmp_path: Path) -> None:
     assert "hallucination left: 3 words" in document
     paired_part = document[document.index("<h2>Paired") : document.index("<h2>Worst")]
     assert "3 settings" in paired_part and "−33.3" in paired_part  # the halves are not mixed in
+
+
+def test_every_setting_has_the_three_rates_the_parts_of_wer_and_how_it_was_run(tmp_path: Path) -> None:
+    rows = json.loads((write_run(tmp_path) / ROWS).read_text())
+    for row in rows:
+        if row["method"] == "silero" and row["alpha"] > 0:
+            row |= {"nsp_fpr": None, "hr": None}
+    (tmp_path / ROWS).write_text(json.dumps(rows))
+    data = read_report_data(tmp_path)
+    ours = next(one for one in data.settings if one.name == "whisper-steer 1")
+    assert {name: rate.value for name, rate in ours.rates.items()} == pytest.approx(
+        {
+            "nsp_fpr": 1 / 3, "hr": 1 / 3, "words_per_min": 10.0, "wer": 2 / 7, "sub": 0.0, "del": 2 / 7,
+            "ins": 0.0,
+        }
+    )  # fmt: skip
+    silero = data.settings[-1]
+    assert silero.method == "silero" and not {"nsp_fpr", "hr"} & set(silero.rates)
+    cells = report_tables._full_row(ours, data).cells
+    named = dict(zip(report_tables.FULL, cells, strict=True))
+    assert report_tables.FULL[2:5] == ("text-FPR %", "nsp-FPR %", "HR %")
+    assert str(named["HR %"]).startswith("33.3 <span class='ci'>[0.0, 100.0]")
+    assert str(named["deletions %"]).startswith("28.6 <span") and named["run"] == AT_ONCE
+    named = dict(zip(report_tables.FULL, report_tables._full_row(silero, data).cells, strict=True))
+    assert named["nsp-FPR %"] == named["HR %"] == "not given" and named["run"] == BEHIND_VAD
+    document = "".join(report_tables.method_sections(data))
+    assert "1 or 2 PyTorch threads" in document and f"{BEHIND_VAD}: {TIMED[BEHIND_VAD]}" in document
+    assert "one by one:" not in document  # nothing here was run so
+    data = replace(data, run={**data.run, "threads": [1]})
+    assert "audio, 1 PyTorch thread." in "".join(report_tables.method_sections(data))
 
 
 def test_the_page_says_why_there_are_no_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 The model is converted to CTranslate2 in float32 once per weights. Options are faster-whisper's defaults
 (beam_size 5; in sequence temperature fallback and the skip rule, in batches neither); the language is
-English. Its scores are only shown for segments with words, so the label events are not known.
+English. Its scores are only shown for segments with words: the label events are those of the segments, and
+what its VAD or its skip rule left out counts as recognised non-speech.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.methods import FASTER, Heard, Method, Setup, Unavailable
+from benchmarks.peers.intervention import label_events
 from benchmarks.peers.silero import THRESHOLDS, check_vad, vad_version
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class FasterWhisper:
     about: str
     batched: bool
     vad: bool
+    timed: str = FASTER
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -111,12 +114,14 @@ class FasterWhisper:
             ctranslate2.set_random_seed(0)  # sampling at higher temperatures repeats
             began = time.perf_counter()
             found, _ = runtime.transcribe(audio, **self.options(strength, len(audio)))
-            segments = tuple((float(s.start), float(s.end), str(s.text)) for s in found)
+            kept = list(found)  # it decodes while it is read
+            segments = tuple((float(s.start), float(s.end), str(s.text)) for s in kept)
+            nsp, hr = label_events((s.no_speech_prob, s.avg_logprob) for s in kept)
             yield Heard(
                 text="".join(text for _, _, text in segments),
                 segments=segments,
-                nsp=None,
-                hr=None,
+                nsp=nsp,
+                hr=hr,
                 seconds=time.perf_counter() - began,
             )
 

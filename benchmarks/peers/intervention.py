@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,14 @@ GROUP = 8  # clips decoded together
 def heard_of(transcript: ClipTranscript, seconds: float) -> Heard:
     """The transcript as a method's result; seconds: compute time."""
     return Heard(transcript.text, transcript.segments, transcript.nsp, transcript.hr, seconds)
+
+
+def label_events(scores: Iterable[tuple[float, float]]) -> tuple[bool, bool]:
+    """(nsp, hr) of windows or segments, each (no_speech_prob, avg_logprob); none: recognised non-speech."""
+    from calibration.evaluate import counts_as_speech_nsp, escapes_skip_rule
+
+    known = list(scores)
+    return any(counts_as_speech_nsp(p) for p, _ in known), any(escapes_skip_rule(*one) for one in known)
 
 
 def hear_under(

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.methods import GATED, Heard, Method, Setup, Unavailable
 from benchmarks.peers.judging import GROUP, judge
 from whisper_steer.errors import UsageError
 
@@ -155,6 +156,7 @@ class LinearGatePeer:
 
     name: str = "linear-gate"
     strengths: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.1)
+    timed: str = GATED
     about: str = (
         "logistic regression on the mean of the encoder's last block, fitted on calibration clips, withholds "
         "windows of plain Whisper; strength: share of calibration speech below its threshold"
@@ -170,26 +172,40 @@ class LinearGatePeer:
         threshold = gate.threshold(strength)
         for start in range(0, len(clips), GROUP):
             group = clips[start : start + GROUP]
-            # outside the clock: a runtime has the encoder's states at hand
-            scores = _scores(setup, gate, group)
-            yield from judge(setup, group, partial(_gated, scores, threshold))
+            scored = _scores(setup, gate, group)
+            judged = judge(setup, group, partial(_gated, scored, threshold))
+            for clip, heard in zip(group, judged, strict=True):
+                one = scored[clip]
+                if all(score < threshold for score in one.windows):
+                    heard = replace(heard, seconds=one.seconds)  # encoded and judged, never decoded
+                yield heard
 
 
-def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Clip, Sequence[float]]:
-    """Of every window of the clips; the same at every threshold."""
-    known: dict[Clip, list[float]] = setup.memory.setdefault(_SCORES, {})
+@dataclass(frozen=True)
+class Scored:
+    """windows: score of every decoded window of a clip. seconds: of encoding and judging them."""
+
+    windows: tuple[float, ...]
+    seconds: float
+
+
+def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Clip, Scored]:
+    """The same at every threshold."""
+    known: dict[Clip, Scored] = setup.memory.setdefault(_SCORES, {})
     for clip, transcript in zip(clips, setup.plain_windows(clips), strict=True):
         if clip not in known:
-            known[clip] = [gate.score(state) for state in window_states(setup, clip, transcript)]
+            began = time.perf_counter()
+            scores = tuple(gate.score(state) for state in window_states(setup, clip, transcript))
+            known[clip] = Scored(scores, time.perf_counter() - began)
     return known
 
 
 def _gated(
-    scores: Mapping[Clip, Sequence[float]], threshold: float, clip: Clip, transcript: ClipTranscript
+    scored: Mapping[Clip, Scored], threshold: float, clip: Clip, transcript: ClipTranscript
 ) -> ClipTranscript:
     from calibration.decoding import withhold
 
-    return withhold(transcript, [score < threshold for score in scores[clip]])
+    return withhold(transcript, [score < threshold for score in scored[clip].windows])
 
 
 METHODS: tuple[Method, ...] = (LinearGatePeer(),)

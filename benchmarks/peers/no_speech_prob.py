@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.methods import Heard, Method, Setup
+from benchmarks.methods import JUDGED, Heard, Method, Setup
 from benchmarks.peers.judging import judge
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class NoSpeechProb:
 
     name: str = "no-speech-prob"
     strengths: tuple[float, ...] = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
+    timed: str = JUDGED
     about: str = (
         "plain Whisper's windows with no_speech_prob above a threshold give no text, whatever their "
         "avg_logprob; strength: the threshold, lower is stricter"

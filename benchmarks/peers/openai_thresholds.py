@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import whisper
 
 from benchmarks.methods import Heard, Method, Setup
-from benchmarks.peers.intervention import GROUP, heard_of
-from calibration.evaluate import SKIP_LOGPROB, SKIP_NO_SPEECH, counts_as_speech_nsp, escapes_skip_rule
+from benchmarks.peers.intervention import GROUP, heard_of, label_events
+from calibration.evaluate import SKIP_LOGPROB, SKIP_NO_SPEECH
 
 if TYPE_CHECKING:
     from calibration.corpus import Clip
@@ -34,7 +34,7 @@ def judged_by(heard: Heard, greedy: Sequence[tuple[float, float]], options: Mapp
     """The label events of the windows that the rule under these options keeps; greedy: (no_speech_prob,
     avg_logprob) of every window."""
     kept = [scores for scores in greedy if not skips(*scores, options)]
-    nsp, hr = any(counts_as_speech_nsp(p) for p, _ in kept), any(escapes_skip_rule(*one) for one in kept)
+    nsp, hr = label_events(kept)
     return replace(heard, nsp=nsp, hr=hr)
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.methods import ALONE, AT_ONCE, BEHIND_VAD, Heard, Method, Setup, Unavailable
 from benchmarks.peers import pooling
-from benchmarks.peers.intervention import EditMethod, hear_under
+from benchmarks.peers.intervention import EditMethod, hear_under, label_events
 from whisper_steer.errors import FormatError, MismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class Steered:
     strengths: tuple[float, ...] = ALPHAS
     quick_strengths: tuple[float, ...] = QUICK_ALPHAS
 
+    @property
+    def timed(self) -> str:
+        return BEHIND_VAD if self.vad else AT_ONCE
+
     def prepare(self, setup: Setup) -> None:
         steering_of(setup)
         if self.vad:
@@ -119,6 +123,7 @@ class SteeredStretches:
     options: GateVad | None = None
     strengths: tuple[float, ...] = (0.0, *ALPHAS)
     quick_strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    timed: str = ALONE
 
     def prepare(self, setup: Setup) -> None:
         if steering_of(setup).gate is None:
@@ -149,11 +154,13 @@ class SteeredStretches:
                     vad=self.options or "gate",
                     language="en",
                 )
+            # what the finder left out and what was withheld has no segment: recognised non-speech
+            nsp, hr = label_events((s.no_speech_prob, s.avg_logprob) for s in transcript.segments)
             yield Heard(
                 text=transcript.text,
                 segments=tuple((s.start, s.end, s.text) for s in transcript.segments if s.text.strip()),
-                nsp=None,
-                hr=None,
+                nsp=nsp,
+                hr=hr,
                 seconds=time.perf_counter() - began,
             )
 

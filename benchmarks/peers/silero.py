@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.methods import Heard, Method, Setup, Unavailable
+from benchmarks.methods import BEHIND_VAD, Heard, Method, Setup, Unavailable
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -117,6 +117,7 @@ class SileroFirst:
     name: str = "silero"
     strengths: tuple[float, ...] = THRESHOLDS
     quick_strengths: tuple[float, ...] = (0.5, 0.9)
+    timed: str = BEHIND_VAD
     about: str = (
         "Silero VAD (v6, of faster-whisper) in front of openai-whisper, which hears only the speech that it "
         "finds; strength: the VAD's threshold, its default: 0.5"
