@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from calibration.evaluate import evenly, normalise
+from calibration.evaluate import evenly
 from calibration.hearing import Calibration, Heard
 from calibration.screening import MAX_COST, Candidate, Screen
 from calibration.selection import GateChoice, smoothed
@@ -45,7 +45,7 @@ def screen_edits(
     count = calibration.effort.screened
     nonspeech = evenly(open_clips, count)
     nonspeech += evenly(closed_clips, count - len(nonspeech))
-    speech = evenly([clip for clip in calibration.speech if normalise(clip.transcript.text)], count)
+    speech = evenly([clip for clip in calibration.speech if clip.has_words(clip.transcript.text)], count)
     if not names or not nonspeech or not speech:
         return []
     # of a longer one the window would hold only a part of what is said

@@ -8,11 +8,13 @@ clips have no such logits: there the gate itself is asked, and what it says may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from calibration.activations import cut_window, encode_windows, padded_log_mel
@@ -39,8 +41,8 @@ class GatedHearing:
 
     def with_gate(self, gate: Gate) -> GatedHearing:
         """The same with another slope of the frame gate (not with another smoothing)."""
-        other = GatedHearing.__new__(GatedHearing)
-        other.__dict__.update(self.__dict__, gate=gate)
+        other = copy(self)
+        other.gate = gate
         return other
 
     def passes(self, clip: CalibrationClip, alpha: float = 1.0) -> bool:
@@ -85,15 +87,50 @@ class GatedHearing:
             transcripts.append(withhold(transcript, [value > threshold for value in values]))
         return compare(clips, transcripts)
 
-    def tightened(self, heard: Heard, clips: Sequence[CalibrationClip], alpha: float) -> Heard:
-        """What was heard at a smaller alpha with the windows left out that this alpha withholds, too."""
+    def withheld_at(
+        self,
+        transcripts: Mapping[tuple[str, str], ClipTranscript],
+        clips: Sequence[CalibrationClip],
+        alpha: float,
+    ) -> dict[tuple[str, str], ClipTranscript]:
+        """The clips' transcripts, by (set, clip id), less the windows that are withheld at this alpha."""
         threshold = self.gate.window_threshold(alpha)
-        transcripts = []
+        left = {}
         for clip in clips:
-            transcript = heard.transcripts[clip.set, clip.id]
+            transcript = transcripts[clip.set, clip.id]
             values = self._values(clip, transcript)
-            transcripts.append(withhold(transcript, [value > threshold for value in values]))
-        return compare(clips, transcripts)
+            left[clip.set, clip.id] = withhold(transcript, [value > threshold for value in values])
+        return left
+
+    def touched(
+        self, clips: Sequence[CalibrationClip], *, batch: int = 8, progress: bool = True
+    ) -> set[tuple[str, str]]:
+        """(set, clip id) of the clips in which the frame gate opens anywhere. Edits leave the others as they
+        are, at every alpha: the frame gate does not depend on it."""
+        model, layers = self.calibration.model, list(self.gate.layers)
+        found: set[tuple[str, str]] = set()
+        waiting: list[tuple[tuple[str, str], Tensor]] = []
+
+        @torch.no_grad()
+        def flush() -> None:
+            mels = torch.stack([mel for _, mel in waiting])
+            streams = encode_windows(model, mels, layers)
+            logits = self.gate.frame_logits(dict(zip(layers, streams, strict=True)))
+            opened = (self.gate.frame_gate(logits, padding_frames(mels.to(logits.device))) > 0).any(dim=1)
+            found.update(key for (key, _), is_open in zip(waiting, opened.tolist(), strict=True) if is_open)
+            waiting.clear()
+
+        for clip in tqdm(clips, desc="where edits act", unit="clip", disable=not progress):
+            mel, content = padded_log_mel(
+                self.calibration.sources[clip.set, clip.id].load(), model.dims.n_mels
+            )
+            for window in clip.transcript.windows:
+                waiting.append(((clip.set, clip.id), cut_window(mel, content, window.seek)))
+                if len(waiting) == batch:
+                    flush()
+        if waiting:
+            flush()
+        return found
 
     def _values(self, clip: CalibrationClip, transcript: ClipTranscript) -> list[float]:
         """Window logits of a transcript's windows: cached where plain Whisper looked at the same one."""

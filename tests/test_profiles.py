@@ -24,11 +24,12 @@ PROFILES = {"strict": 1.8, "gentle": 0.6, "balanced": 1.0}
 STRICT = {
     "alpha": 1.8, "threshold": -1.25, "text_fpr": 0.012, "text_fpr_lo": 0.004, "text_fpr_hi": 0.025,
     "wer_rise": 0.0005, "wer_rise_hi": 0.001, "empty_speech": 0.002,
+    "nonspeech_clips": 588, "speech_clips": 1165, "unheard_clips": 40,
 }  # fmt: skip
 GENTLE = {"alpha": 0.6, "threshold": 3.5, "text_fpr": 0.21, "wer_rise": -0.001, "note": "more may be stored"}
 SUMMARY = (
-    "words over 1.2 % [0.4, 2.5] of non-speech clips, WER +0.05 (at most +0.10) points, "
-    "0.2 % of speech clips empty"
+    "words over 1.2 % [0.4, 2.5] of 588 non-speech clips, WER +0.05 (at most +0.10) points, "
+    "0.2 % of 1165 speech clips empty"
 )
 
 
@@ -229,9 +230,12 @@ def test_inspect_shows_profiles_and_the_frontier(shelf: Path, capsys: pytest.Cap
     assert code == 0 and "profiles\n  gentle    0.6\n  balanced  1\n  strict    1.8\n" in out
     assert table[0] == "frontier (percent and points, on the calibration's validation split)"
     assert [line.split() for line in table[1:4]] == [
-        "alpha threshold text-FPR WER rise at most empty speech profile".split(),
-        "0.6 3.5 21.0 -0.10 - - gentle".split(),
-        "1.8 -1.25 1.2 [0.4, 2.5] 0.05 0.10 0.20 strict".split(),
+        (
+            "alpha threshold text-FPR WER rise at most empty speech non-speech clips speech clips not heard "
+            "profile"
+        ).split(),
+        "0.6 3.5 21.0 -0.10 - - - - - gentle".split(),
+        "1.8 -1.25 1.2 [0.4, 2.5] 0.05 0.10 0.20 588 1165 40 strict".split(),
     ]
     assert table[1].index("profile") == table[3].index("strict")
     code, out, _ = run(capsys, "inspect", shelf / "named.safetensors", "--json")

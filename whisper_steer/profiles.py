@@ -16,6 +16,7 @@ from typing import Any
 from .errors import UsageError
 
 USUAL = ("gentle", "balanced", "strict")  # what a calibration calls its profiles
+_COUNTS = ("nonspeech_clips", "speech_clips", "unheard_clips")
 _SAME = 1e-6  # relative difference of two alphas that mean the same
 
 
@@ -25,8 +26,9 @@ class FrontierPoint:
 
     threshold: window logit above which a window was withheld; None without a gate. text_fpr: share of
     non-speech clips that keep words, with its interval (lo, hi). wer_rise: WER above plain Whisper's, and the
-    upper end of its interval. empty_speech: share of speech clips left without a word. What was not measured
-    is None.
+    upper end of its interval. empty_speech: share of speech clips left without a word. nonspeech_clips,
+    speech_clips: that the rates are of; unheard_clips: those of them that an edit may change at this alpha
+    and that were not heard, clips like them that were stand for them. What was not measured is None.
     """
 
     alpha: float
@@ -37,6 +39,9 @@ class FrontierPoint:
     wer_rise: float | None = None
     wer_rise_hi: float | None = None
     empty_speech: float | None = None
+    nonspeech_clips: int | None = None
+    speech_clips: int | None = None
+    unheard_clips: int | None = None
 
     def summary(self) -> str:
         """The rates in one line for a person; "" if none was measured."""
@@ -46,12 +51,14 @@ class FrontierPoint:
             interval = ""
             if self.text_fpr_lo is not None and self.text_fpr_hi is not None:
                 interval = f" [{100 * self.text_fpr_lo:.1f}, {100 * self.text_fpr_hi:.1f}]"
-            parts.append(f"words over {100 * fpr:.1f} %{interval} of non-speech clips")
+            clips = "" if self.nonspeech_clips is None else f"{self.nonspeech_clips} "
+            parts.append(f"words over {100 * fpr:.1f} %{interval} of {clips}non-speech clips")
         if wer is not None:
             upper = "" if self.wer_rise_hi is None else f" (at most {100 * self.wer_rise_hi:+.2f})"
             parts.append(f"WER {100 * wer:+.2f}{upper} points")
         if self.empty_speech is not None:
-            parts.append(f"{100 * self.empty_speech:.1f} % of speech clips empty")
+            clips = "" if self.speech_clips is None else f"{self.speech_clips} "
+            parts.append(f"{100 * self.empty_speech:.1f} % of {clips}speech clips empty")
         return ", ".join(parts)
 
 
@@ -81,7 +88,11 @@ def read_frontier(metadata: Mapping[str, Any]) -> tuple[FrontierPoint, ...]:
         if wrong is not None or "alpha" not in values:
             name = wrong or "alpha"
             raise UsageError(f"frontier point {number} has {name} {point.get(name)!r}: expected a number")
-        points.append(FrontierPoint(**{name: float(value) for name, value in values.items()}))
+        points.append(
+            FrontierPoint(
+                **{name: int(v) if name in _COUNTS else float(v) for name, v in values.items()}  # type: ignore[arg-type]
+            )
+        )
     return tuple(sorted(points, key=lambda point: point.alpha))
 
 

@@ -52,14 +52,19 @@ def _show(value: dict[str, Any], indent: str) -> None:
 
 def _frontier(points: list[dict[str, Any]], profiles: dict[str, float]) -> list[str]:
     """A table: one line per point, the profiles' names beside theirs."""
-    rows = [("alpha", "threshold", "text-FPR", "WER rise", "at most", "empty speech", "profile")]
+    counts = ("nonspeech_clips", "speech_clips", "unheard_clips")
+    names = ("non-speech clips", "speech clips", "not heard")
+    counted = any(point[key] is not None for point in points for key in counts)
+    head = ("alpha", "threshold", "text-FPR", "WER rise", "at most", "empty speech")
+    rows = [(*head, *(names if counted else ()), "profile")]
     for point in points:
         fpr = _percent(point["text_fpr"])
         if point["text_fpr_lo"] is not None and point["text_fpr_hi"] is not None:
             fpr += f" [{_percent(point['text_fpr_lo'])}, {_percent(point['text_fpr_hi'])}]"
-        names = ", ".join(name for name, alpha in profiles.items() if math.isclose(alpha, point["alpha"]))
-        rise, upper, empty = (_percent(point[key], 2) for key in ("wer_rise", "wer_rise_hi", "empty_speech"))
-        rows.append((_plain(point["alpha"]), _plain(point["threshold"]), fpr, rise, upper, empty, names))
+        named = ", ".join(name for name, alpha in profiles.items() if math.isclose(alpha, point["alpha"]))
+        rates = (_percent(point[key], 2) for key in ("wer_rise", "wer_rise_hi", "empty_speech"))
+        clips = (_plain(point[key]) for key in counts if counted)
+        rows.append((_plain(point["alpha"]), _plain(point["threshold"]), fpr, *rates, *clips, named))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
