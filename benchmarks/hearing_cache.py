@@ -5,6 +5,7 @@
     OUT/clips.jsonl                         one ClipRecord per measured clip
     OUT/heard/<method>/<strength>.jsonl     one line per clip as soon as it is finished; 0.5 -> 0.5.jsonl
     OUT/rows.json, OUT/paired.json          what `reports` and `paired` make of them
+    OUT/long_rows.json                      of benchmarks.long_recordings, if it was run into the same folder
 
 A line of a heard file is an object with "id" and "crc" (the clip and its audio), "fingerprint" (the model,
 and what else the words depend on), the fields of `Heard` (text, segments, nsp, hr, seconds), "threads" (of
@@ -34,6 +35,7 @@ from calibration.hallucinations import transcript_of
 from whisper_steer.errors import FormatError, UsageError
 
 CLIPS, RUN, HEARD, ROWS, PAIRED = "clips.jsonl", "run.json", "heard", "rows.json", "paired.json"
+LONG_ROWS = "long_rows.json"
 
 
 @dataclass(frozen=True)

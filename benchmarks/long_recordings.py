@@ -7,7 +7,8 @@
 Recordings of 2 to 4 minutes with known truth are built from held-out clips (long_truth.py); every method
 transcribes them as wholes. Invented: words more than 0.5 s from all speech. Lost: words of the reference
 without a counterpart (long_measure.py). Both with 95 % bootstrap intervals over recordings, and against plain
-Whisper and Silero VAD on the same ones. Results are kept under --out: a run that was killed goes on.
+Whisper and Silero VAD on the same ones. Results are kept under --out: a run that was killed goes on. In the
+--out folder of `benchmarks.tradeoff` (or by its --long) they become a part of that report.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,9 +90,13 @@ def run_methods(
     return measured
 
 
+def usual_strength(method: Method) -> float:
+    """1 where the method has it, else 0.5, else its lowest."""
+    return next((usual for usual in (1.0, 0.5) if usual in method.strengths), method.strengths[0])
+
+
 def find_methods(wanted: str) -> list[tuple[Method, float]]:
-    """ "plain,silero:0.9" -> methods with their strengths; without one: 1 where the method has it, else 0.5,
-    else its lowest. Raises UsageError."""
+    """ "plain,silero:0.9" -> methods with their strengths; without one the usual one. Raises UsageError."""
     from benchmarks.peers import all_methods
 
     known = {method.name: method for method in all_methods()}
@@ -99,8 +105,7 @@ def find_methods(wanted: str) -> list[tuple[Method, float]]:
         name, colon, given = part.partition(":")
         if name not in known:
             raise UsageError(f"--methods {name}: expected some of {', '.join(known)}")
-        strengths = known[name].strengths
-        strength = next((usual for usual in (1.0, 0.5) if usual in strengths), strengths[0])
+        strength = usual_strength(known[name])
         if colon:
             try:
                 strength = float(given)
@@ -155,8 +160,9 @@ def show(rows: Sequence[Row]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Builds, measures, prints, writes. Raises WhisperSteerError."""
-    from benchmarks.long_rows import rows_of
+    from benchmarks.listening import fits_hash
     from benchmarks.methods import Setup
+    from calibration.hallucinations import model_crc
     from whisper_steer.zoo import load_model
 
     methods = find_methods(options.methods)
@@ -165,10 +171,12 @@ def run(options: argparse.Namespace) -> None:
     if options.quick:
         recordings = choose(recordings, count)
     model = load_model(options.model, device=options.device)
+    name, layers = getattr(model, "name", "unnamed"), model.dims.n_audio_layer
+    fits = fits_hash(name, model_crc(model), options.data, options.quick, layers)
     setup = Setup(
         model=model,
-        name=getattr(model, "name", "unnamed"),
-        cache=options.out / "fits",
+        name=name,
+        cache=options.out / "fitted" / fits,
         plain=lambda clips: [],  # set by run_methods
         plain_windows=lambda clips: [],
         data_dir=options.data,
@@ -176,14 +184,37 @@ def run(options: argparse.Namespace) -> None:
         labels_file=options.labels,
         steering=options.steering,
     )
-    methods = prepared(setup, methods)
-    measured = run_methods(setup, methods, recordings, options.out)
+    for path in measure_all(setup, methods, recordings, options.out, options.json):
+        print(f"wrote {path}")
+
+
+def measure_all(
+    setup: Setup,
+    methods: Sequence[tuple[Method, float]],
+    recordings: Sequence[LongRecording],
+    out: Path,
+    also: Path | None = None,
+) -> list[Path]:
+    """Runs what can run, prints, and writes the rows to out/long_rows.json and `also`; the paths."""
+    from benchmarks.hearing_cache import LONG_ROWS
+    from benchmarks.long_rows import rows_of
+
+    measured = run_methods(setup, prepared(setup, methods), recordings, out)
     plain, vad = (next((s for s in measured if s[0] == name), None) for name in (PLAIN, VAD))
     rows = rows_of(measured, plain, vad)
     show(rows)
     text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
-    for path in dict.fromkeys([options.out / "rows.json", *([options.json] if options.json else [])]):
-        print(f"wrote {write_whole(path, text)}")
+    return [write_whole(path, text) for path in dict.fromkeys([out / LONG_ROWS, also]) if path is not None]
+
+
+def beside_tradeoff(setup: Setup, methods: Sequence[Method], out: Path) -> list[Path]:
+    """The same methods at their usual strengths on long recordings of the same data; the paths written."""
+    count = QUICK_COUNT if setup.quick else COUNT
+    recordings = long_recordings("test", setup.data_dir, count, 0)
+    if setup.quick:
+        recordings = choose(recordings, count)
+    own = replace(setup)  # run_methods gives it its own plain Whisper
+    return measure_all(own, [(method, usual_strength(method)) for method in methods], recordings, out)
 
 
 def _positive(text: str) -> int:

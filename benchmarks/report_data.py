@@ -18,7 +18,7 @@ from benchmarks.frontiers import (
     reference_setting,
     settings_of,
 )
-from benchmarks.hearing_cache import PAIRED, ROWS, ClipRecord, HearingCache, read_clips, read_run
+from benchmarks.hearing_cache import LONG_ROWS, PAIRED, ROWS, ClipRecord, HearingCache, read_clips, read_run
 from calibration.evaluate import Rate
 from whisper_steer.errors import FormatError
 
@@ -32,7 +32,8 @@ class ReportData:
     run: run.json. rows: of the benchmark. settings: pooled, with paired changes of WER where the texts are
     kept. halves: the same for "synthetic clips" and "real recordings" where the run has both. paired:
     differences from ours. clips: with the scores of plain Whisper and the gate. gate_threshold: probability
-    above which the measured gate withholds a window at alpha 1, None where there is none.
+    above which the measured gate withholds a window at alpha 1, None where there is none. long: rows of
+    benchmarks.long_recordings, if it was run into the same folder.
     """
 
     run: Mapping[str, Any]
@@ -43,6 +44,7 @@ class ReportData:
     clips: Sequence[ClipRecord] = ()
     failures: Sequence[Failure] = ()
     gate_threshold: float | None = None
+    long: Sequence[Mapping[str, Any]] = ()
 
     @property
     def plain(self) -> Setting | None:
@@ -76,7 +78,7 @@ def read_report_data(out: Path) -> ReportData:
     paired = _json(out / PAIRED) if (out / PAIRED).is_file() else []
     return ReportData(
         run, rows, settings, halves if len(halves) == 2 else {}, paired, clips, failures,
-        run.get("gate_threshold"),
+        run.get("gate_threshold"), _json(out / LONG_ROWS) if (out / LONG_ROWS).is_file() else [],
     )  # fmt: skip
 
 

@@ -158,6 +158,7 @@ def build(
     if "distributions" in pictures:
         body.append(_distribution_section(data, pictures["distributions"]))
     body += report_tables.paired_sections(data)
+    body += report_tables.long_sections(data)
     body.append(_failure_section(data, audio, silent))
     body += report_tables.run_sections(data)
     run = data.run

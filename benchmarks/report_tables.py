@@ -219,6 +219,52 @@ def paired_sections(data: ReportData) -> list[Markup]:
     return [section("Paired with ours", details(f"{len(rows)} settings", body), note=note)]
 
 
+LONG = {
+    "invented_per_min": ("invented words/min", 1.0),
+    "invented_of_plain": ("of plain's %", 100.0),
+    "lost": ("lost words %", 100.0),
+    "lost_more_than_vad": ("lost, against Silero, points", 100.0),
+    "substituted": ("substituted %", 100.0),
+    "inserted": ("inserted near speech %", 100.0),
+}  # rate -> heading, scale
+
+
+def long_sections(data: ReportData) -> list[Markup]:
+    """Recordings of minutes in which speech and other things take turns: all of them, then by their sort."""
+    if not data.long:
+        return []
+    sorts = [name for name in dict.fromkeys(str(row["set"]) for row in data.long) if name != "all"]
+    columns = ("method", "strength", *(heading for heading, _ in LONG.values()), "compute, s/min")
+
+    def shown(name: str) -> Markup:
+        rows = [
+            Row(
+                (
+                    row["method"], f"{row['alpha']:g}",
+                    *(
+                        interval(rate_of(row, rate), scale, sign="more_than" in rate)
+                        for rate, (_, scale) in LONG.items()
+                    ),
+                    f"{row['seconds_per_min']:.1f}",
+                ),
+                strong=str(row["method"]).startswith(OURS),
+            )
+            for row in data.long
+            if row["set"] == name
+        ]  # fmt: skip
+        return table(columns, rows, left=1)
+
+    whole = next((row for row in data.long if row["set"] == "all"), data.long[0])
+    note = (
+        f"{whole['recordings']} recordings, {whole['minutes']:.0f} minutes, of which "
+        f"{whole['nonspeech_minutes']:.0f} without speech; each is transcribed as a whole. Invented: words "
+        "more than 0.5 s from all speech. Lost: words of the reference without a counterpart. Intervals: "
+        "95 %, bootstrap over recordings (python -m benchmarks.long_recordings)."
+    )
+    parts = [details(f"{name} recordings", shown(name)) for name in sorts]
+    return [section("Long recordings", shown("all"), *parts, note=note)]
+
+
 def _sides(rate: Rate | None) -> int:
     """1: surely worse than ours, -1: surely better, 0: not told apart."""
     if rate is None:

@@ -4,6 +4,7 @@
     python -m benchmarks.tradeoff --data ../shared/data        # all clips of the test split, real ones too
     python -m benchmarks.tradeoff --methods whisper-steer,silero --json rows.json
     python -m benchmarks.tradeoff --model small.en --steering my-steering.safetensors
+    python -m benchmarks.tradeoff --long                       # and benchmarks.long_recordings, same methods
 
 Per set and pooled (all_speech, all_nonspeech, and "all" for both; synthetic and real clips also apart), each
 with a 95 % bootstrap interval that draws speakers and source recordings whole: on non-speech text-FPR,
@@ -109,6 +110,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="measure the methods anew (fits in OUT/fitted stay)",
     )
     parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument(
+        "--long", action="store_true", help="the same methods on long recordings, too, in the same report"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/tradeoff"), help="folder for results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows as one flat list")
     return parser.parse_args(arguments)
@@ -136,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         from rich.console import Console
 
-        from benchmarks import hearing_cache, listening, measuring, peers, report_page
+        from benchmarks import hearing_cache, listening, long_recordings, measuring, peers, report_page
         from calibration import corpus
         from calibration.evaluate import evenly
         from calibration.hallucinations import model_crc
@@ -219,6 +223,9 @@ def run(options: argparse.Namespace) -> None:
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
     written = write_results(options, record, records, rows, paired)
+    if options.long:
+        able = [method for method in running if method.name in results.fingerprints]
+        written += long_recordings.beside_tradeoff(setup, able, options.out)
     audio = {clip.id: clip for pairs in sets.values() for clip, _ in pairs}
     for path in [*written, *report_page.write_report(options.out, audio=audio)]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -13,10 +13,12 @@ from audio_files import write_wav
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.hearing_cache import LONG_ROWS
 from benchmarks.long_measure import LongCounts, measure, quiet_stretches, spread, word_times
 from benchmarks.long_recordings import (
     LongRecording,
     LongSegment,
+    beside_tradeoff,
     choose,
     find_methods,
     long_recordings,
@@ -24,6 +26,7 @@ from benchmarks.long_recordings import (
     prepared,
     run_methods,
     spliced_recordings,
+    usual_strength,
 )  # fmt: skip
 from benchmarks.long_rows import COLUMNS, Measured, headline, rows_of
 from benchmarks.long_truth import KINDS, RATE, SECONDS
@@ -440,10 +443,24 @@ def test_the_command_writes_and_prints_rows(command, tmp_path, capsys):
     assert [(row["method"], row["alpha"], row["set"], row["recordings"]) for row in rows] == [
         ("whisper-steer", 0.25, "synthetic", 2), ("whisper-steer", 0.25, "all", 2),
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out" / "rows.json").read_text()) == rows
+    assert json.loads((tmp_path / "out" / LONG_ROWS).read_text()) == rows
+    assert not (tmp_path / "out" / "rows.json").exists()  # that is the trade-off's
     shown = capsys.readouterr()
     assert "Words invented where nobody spoke" in shown.out and f"wrote {path}" in shown.out
     assert "left out: silero" in shown.err
+
+
+def test_the_same_methods_run_beside_the_tradeoff(setup, small_sets, tmp_path, capsys):
+    setup.quick = True
+    marker = setup.plain
+    method = Echo()
+    assert beside_tradeoff(setup, [method], tmp_path) == [tmp_path / LONG_ROWS]
+    rows = json.loads((tmp_path / LONG_ROWS).read_text())
+    assert [(row["method"], row["alpha"], row["set"]) for row in rows] == [
+        ("whisper-steer", usual_strength(method), "synthetic"),
+        ("whisper-steer", usual_strength(method), "all"),
+    ]
+    assert rows[-1]["recordings"] == 2 and setup.plain is marker
 
 
 def test_a_wrong_data_folder_is_one_line(command, tmp_path, capsys):

@@ -14,7 +14,7 @@ from whisper.model import Whisper
 
 from benchmarks import listening, measuring, reports, tradeoff
 from benchmarks.files import write_whole
-from benchmarks.hearing_cache import HearingCache, read_clips, read_run
+from benchmarks.hearing_cache import LONG_ROWS, HearingCache, read_clips, read_run
 from benchmarks.methods import AT_ONCE, Setup
 from benchmarks.peers.ours import METHODS as OURS
 from benchmarks.peers.plain import Plain
@@ -284,6 +284,23 @@ def test_command_prints_and_writes_everything(
     fingerprint = run["methods"]["plain"]["fingerprint"]
     kept = HearingCache(out).read("plain", 0.0, fingerprint)
     assert set(kept) == {(record.id, record.crc) for record in records}
+
+
+def test_long_runs_the_methods_that_ran_and_adds_to_the_report(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], Path]] = []
+
+    def beside(setup: Setup, methods: list, out: Path) -> list[Path]:
+        asked.append(([method.name for method in methods], out))
+        return [write_whole(out / LONG_ROWS, "[]")]
+
+    monkeypatch.setattr("benchmarks.long_recordings.beside_tradeoff", beside)
+    out = tmp_path / "out"
+    arguments = ["--steering", str(bench), "--alphas", "1", "--limit", "1", "--out", str(out)]
+    assert tradeoff.main([*arguments, "--methods", "whisper-steer"]) == 0 and asked == []
+    assert tradeoff.main([*arguments, "--methods", "whisper-steer", "--long"]) == 0
+    assert asked == [(["plain", "whisper-steer"], out)]
 
 
 def test_fresh_measures_again(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,19 @@ from benchmarks.frontiers import (
     representatives,
     settings_of,
 )
-from benchmarks.hearing_cache import PAIRED, ROWS, RUN, ClipRecord, Finished, HearingCache, write_clips
+from benchmarks.hearing_cache import (
+    LONG_ROWS,
+    PAIRED,
+    ROWS,
+    RUN,
+    ClipRecord,
+    Finished,
+    HearingCache,
+    write_clips,
+)
+from benchmarks.long_measure import LongCounts
+from benchmarks.long_rows import Measured as LongMeasured
+from benchmarks.long_rows import rows_of as long_rows_of
 from benchmarks.methods import AT_ONCE, BEHIND_VAD, TIMED, Heard
 from benchmarks.report_data import read_report_data, read_texts, set_rows
 from benchmarks.report_tables import interval, percent, points
@@ -318,6 +330,36 @@ def test_every_setting_has_the_three_rates_the_parts_of_wer_and_how_it_was_run(t
     assert "one by one:" not in document  # nothing here was run so
     data = replace(data, run={**data.run, "threads": [1]})
     assert "audio, 1 PyTorch thread." in "".join(report_tables.method_sections(data))
+
+
+def test_long_recordings_of_the_same_folder_are_part_of_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert report_tables.long_sections(read_report_data(tmp_path)) == []
+    counts = {
+        "silero": [LongCounts(4, 2.0, 100, 10, 1, 0), LongCounts(2, 1.0, 50, 5, 0, 0)],
+        "whisper-steer": [LongCounts(1, 2.0, 100, 10, 1, 0), LongCounts(0, 1.0, 50, 2, 0, 0)],
+    }
+    measured = {
+        (method, strength): [
+            LongMeasured(sort, 180.0, 18.0, one)
+            for sort, one in zip(("synthetic", "real"), counts[method], strict=True)
+        ]
+        for method, strength in (("silero", 0.5), ("whisper-steer", 1.0))
+    }
+    rows = long_rows_of(measured, None, ("silero", 0.5))
+    (tmp_path / LONG_ROWS).write_text(json.dumps(rows))
+    data = read_report_data(tmp_path)
+    assert data.long == rows
+    (made,) = report_tables.long_sections(data)
+    assert "2 recordings, 6 minutes, of which 3 without speech" in made
+    assert "real recordings" in made and "synthetic recordings" in made
+    whole = made[made.index("<tbody>") : made.index("</tbody>")]
+    assert "2.0 <span" in whole and "0.3 <span" in whole  # 6 and 1 words in 3 minutes
+    assert "10.0 <span" in whole and "8.0 <span" in whole  # 15 and 12 of 150 words
+    assert "−2.0 <span class='ci'>[−6.0, +0.0]" in whole and "<td class='n'>6.0</td>" in whole
+    page = report_page.write_report(tmp_path, audio=sounds())[0].read_text(encoding="utf-8")
+    check(page)
+    assert page.index("<h2>Paired with ours") < page.index("<h2>Long recordings") < page.index("<h2>Worst")
 
 
 def test_the_page_says_why_there_are_no_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
