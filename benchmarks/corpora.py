@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from benchmarks.published import ESC50, FSD50K, LIBRISPEECH, MUSAN, US8K, WHAM
+from calibration.source_names import ESC50 as ESC50_NAMES
+from calibration.source_names import URBANSOUND8K
 from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ LAYOUTS = (
     Layout(MUSAN, ("musan",), ("noise",), ("noise",)),
     Layout(FSD50K, ("FSD50K", "."), ("FSD50K.dev_audio",), ("FSD50K.eval_audio",)),
     Layout(WHAM, ("wham_noise",), ("tr",), ("cv", "tt")),
-    Layout(US8K, ("UrbanSound8K",), (), ("audio",), pattern=r"fold\d+/(?P<group>\d+)-(?P<label>\d+)-"),
-    Layout(ESC50, ("ESC-50-master", "ESC-50"), (), ("audio",), pattern=r"\d-(?P<group>\d+)-[A-Z]-"),
+    Layout(US8K, ("UrbanSound8K",), (), ("audio",), pattern=URBANSOUND8K),
+    Layout(ESC50, ("ESC-50-master", "ESC-50"), (), ("audio",), pattern=ESC50_NAMES),
     Layout(LIBRISPEECH, ("LibriSpeech",), ("dev-clean",), ("test-clean",), True, r"^(?P<group>\d+)/"),
 )
 

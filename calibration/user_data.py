@@ -47,12 +47,14 @@ class Splits:
         counts: "training", "validation", "test" -> "speech", "speech_groups", "nonspeech",
             "nonspeech_groups" (recordings and what they are split by, variants not counted), and "left_out"
             -> reason -> recordings.
+        fingerprint: hash of all samples and file names; "" where they were not read from files.
     """
 
     training: list[TrainingClip]
     validation: dict[str, list[Clip]]
     test: dict[str, list[Clip]]
     counts: dict[str, dict[str, int]]
+    fingerprint: str = ""
 
 
 def read_splits(
@@ -68,7 +70,9 @@ def read_splits(
 
     Args:
         nonspeech: folders; every audio file below one is non-speech, the folder's name its set. Files longer
-            than `max_seconds` are cut into equal parts, which stay in one split.
+            than `max_seconds` are cut into equal parts, which stay in one split. So do files cut from one
+            recording, where their names say so (ESC-50, UrbanSound8K) or a manifest.csv beside them does
+            (columns file and group, speaker or source).
         speech: a CSV, TSV or JSONL file (also .gz) with a column of AUDIO_COLUMNS and one of TEXT_COLUMNS;
             one of GROUP_COLUMNS says who speaks (else every file is a speaker of its own), "start" and
             "duration" (seconds) cut parts out of long files. Paths are relative to its folder, or to "clips"
@@ -112,7 +116,13 @@ def read_splits(
         for name, (talk, rest) in zip(("training", "validation", "test"), sides, strict=True)
     }
     counts["left_out"] = dict(reader.left_out)
-    return Splits(_training(*sides[0], seed), _sets(*sides[1], seed), _sets(*sides[2], seed), counts)
+    return Splits(
+        _training(*sides[0], seed),
+        _sets(*sides[1], seed),
+        _sets(*sides[2], seed),
+        counts,
+        reader.fingerprint(),
+    )
 
 
 def _check_arguments(nonspeech: Sequence[Path | str], shares: Sequence[float], max_seconds: float) -> None:
@@ -155,7 +165,7 @@ def _check_enough(kind: str, clips: Sequence[Clip], where: str, reader: Reader) 
             "100 or more give narrower intervals"
         )
     if groups < len(SPLITS):
-        what = "speakers or files" if kind == "speech" else "files"
+        what = "speakers or files" if kind == "speech" else "files or sources"
         raise UsageError(
             f"{where}: the {len(clips)} recordings of {kind} come from {groups} {what}, which cannot be "
             f"in several splits; expected at least {len(SPLITS)} {what}"

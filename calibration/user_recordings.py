@@ -27,6 +27,7 @@ from calibration.evaluate import normalise
 from calibration.item_sources import from_folder
 from calibration.manifests import from_manifest, load_segment
 from calibration.mixture import AudioItem
+from calibration.source_names import source_by_name, sources_by_manifest
 from calibration.training_clips import REAL_SPEECH_DB, active_intervals
 from whisper_steer.audio import load_audio
 from whisper_steer.errors import AudioError, UsageError
@@ -60,13 +61,13 @@ class Reader:
     Attributes:
         left_out: key of REASONS -> recordings. examples: the first of each; unreadable ones are logged one
             by one instead.
-        heard: digests of the samples so far. first_error: why the first unreadable recording is so.
+        heard: digest of the samples -> name, of all so far. first_error: why the first unreadable one is so.
     """
 
     progress: bool
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    heard: set[str] = field(default_factory=set)
+    heard: dict[str, str] = field(default_factory=dict)
     first_error: str = ""
 
     def skip(self, reason: str, name: str) -> None:
@@ -89,8 +90,14 @@ class Reader:
         if digest in self.heard:
             self.skip("duplicate", name)
             return None
-        self.heard.add(digest)
+        self.heard[digest] = name
         return audio
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all recordings read, samples and file names: other audio under an old name is
+        told apart."""
+        lines = sorted(f"{digest} {Path(name).name}" for digest, name in self.heard.items())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def report(self) -> None:
         """One log line per reason; unreadable files have had theirs."""
@@ -246,13 +253,26 @@ def read_sounds(
     max_seconds: float,
     reader: Reader,
 ) -> list[Clip]:
-    """Every readable file below the folders as one clip or several; `spoken`: digests of files of speech."""
+    """Every readable file below the folders as one clip or several; `spoken`: digests of files of speech.
+
+    A clip's group joins all of a file and all of a source, where the file's name or a manifest.csv beside it
+    or in the folder given says which it is (`calibration.source_names`).
+    """
     clips: list[Clip] = []
     files = [(name, path) for name, paths in found.items() for path in paths]
+    digests = [_file_digest(str(path)) for _, path in files]
+    listed = sources_by_manifest([*folders.values(), *(path.parent for _, path in files)])
+    sources = [listed.get(path.resolve()) or source_by_name(path) for _, path in files]
+    groups = joined_groups(
+        [
+            (f"source {source}" if source else "", digest)
+            for source, digest in zip(sources, digests, strict=True)
+        ]
+    )
     unreadable = reader.left_out["unreadable"]
     reader.first_error = ""
-    for name, path in tqdm(files, desc="reading non-speech", unit="file", disable=not reader.progress):
-        digest = _file_digest(str(path))
+    bar = tqdm(files, desc="reading non-speech", unit="file", disable=not reader.progress)
+    for (name, path), digest, group in zip(bar, digests, groups, strict=True):
         if digest in spoken:
             reader.skip("also_speech", str(path))
             continue
@@ -272,7 +292,7 @@ def read_sounds(
                     name,
                     "",
                     None,
-                    digest,
+                    group,
                     str(folders[name]),
                     None,
                     str(path),
