@@ -7,8 +7,9 @@ the clips that are measured, for methods that only judge what plain Whisper wrot
 
 A method may have more members: quick_strengths, the range of a quick run (none: left out of it);
 fingerprint(setup), a string that changes with what its words depend on beside the model's weights (without
-it that is taken to be everything that methods can be fitted on); and timed, how its seconds come about, a key
-of TIMED (without it: AT_ONCE).
+it that is taken to be everything that methods can be fitted on); timed, how its seconds come about, a key of
+TIMED (without it: AT_ONCE); and needs, what `benchmarks.availability` looks for before it runs (without it:
+nothing).
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--methods", type=lambda text: tuple(text.split(",")), metavar="NAMES",
         help="some methods, by name or beginning, with commas (default: all; see --list)",
     )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="say what the methods are, and stop")
+    parser.add_argument("--list", action="store_true", help="say what the methods are and which can run here")
     parser.add_argument("--alphas", type=alpha_list, help="of our methods; default 0.25,0.5,0.75,1,1.5")
     parser.add_argument("--limit", type=positive, help="clips per set, evenly chosen")
     parser.add_argument("--data", type=Path, help="folder of real recordings, measured beside the synthetic")
@@ -140,7 +140,15 @@ def run(options: argparse.Namespace) -> None:
     try:
         from rich.console import Console
 
-        from benchmarks import hearing_cache, listening, long_recordings, measuring, peers, report_page
+        from benchmarks import (
+            availability,
+            hearing_cache,
+            listening,
+            long_recordings,
+            measuring,
+            peers,
+            report_page,
+        )
         from calibration import corpus
         from calibration.evaluate import evenly
         from calibration.hallucinations import model_crc
@@ -152,8 +160,12 @@ def run(options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     methods = measuring.choose_methods(options.methods, peers.all_methods())
     if options.list:
+        place = availability.Place(options.model, options.steering, options.quick)
         for method in methods:
-            console.print(f"{method.name}: {method.about}", highlight=False, soft_wrap=True)
+            lacking = availability.missing(getattr(method, "needs", ()), place)
+            verdict = f"cannot run here: {lacking}" if lacking else "can run here"
+            line = f"{method.name}: {method.about} [{verdict}]"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         return
     if options.data is not None and not corpus.real_clips(options.data, "test"):
         raise UsageError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benchmarks.availability import CALIBRATION, SAES
 from benchmarks.methods import Method, Setup
 from benchmarks.peers import pooling
 from benchmarks.peers.intervention import EditMethod
@@ -80,6 +81,7 @@ def _reconstruction_method(k: int) -> EditMethod:
             "last encoder layer's activation (arXiv 2602.05027); strength: its alpha"
         ),
         edit=partial(fit_reconstruction, k=k),
+        needs=(CALIBRATION, SAES, "sklearn"),
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.availability import CALIBRATION
 from benchmarks.files import write_whole
 from benchmarks.methods import Heard, Method, Setup
 from benchmarks.peers.intervention import GROUP, hear_under
@@ -155,6 +156,7 @@ class HeadMask:
     by_number: bool = False
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
     quick_strengths: tuple[float, ...] = (1.0, 3.0)
+    needs: tuple[str, ...] = (CALIBRATION,)
 
     @property
     def name(self) -> str:

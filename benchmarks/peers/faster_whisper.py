@@ -85,6 +85,7 @@ class FasterWhisper:
     batched: bool
     vad: bool
     timed: str = FASTER
+    needs: tuple[str, ...] = ("faster_whisper", "ctranslate2", "transformers", "onnxruntime")
 
     @property
     def strengths(self) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.availability import CALIBRATION, SAES
 from benchmarks.methods import Method, Setup
 from benchmarks.peers import pooling
 from benchmarks.peers.intervention import EditMethod
@@ -80,5 +81,6 @@ METHODS: tuple[Method, ...] = (
             "encoder layer (arXiv 2606.07473); strength: its alpha, published: 3"
         ),
         edit=fit_latents,
+        needs=(CALIBRATION, SAES, "sklearn"),
     ),
 )

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.availability import CALIBRATION
 from benchmarks.files import write_whole
 from benchmarks.methods import Heard, Method, Setup, Unavailable
 from benchmarks.peers.intervention import GROUP, hear_under
@@ -297,6 +298,7 @@ class Projection:
     name: str = "hallucination-space"
     strengths: tuple[float, ...] = tuple(float(rank) for rank in RANKS)
     quick_strengths: tuple[float, ...] = (4.0,)
+    needs: tuple[str, ...] = (CALIBRATION,)
     about: str = (
         "Hallucination-space projection at the decoder's upper half, built from its description (space as in "
         "arXiv 2412.13817), without a gate; strength: its rank"
@@ -324,6 +326,7 @@ class GatedProjection:
     name: str = "hallucination-space-gated"
     strengths: tuple[float, ...] = (0.01, 0.03, 0.1)
     quick_strengths: tuple[float, ...] = (0.03,)
+    needs: tuple[str, ...] = (CALIBRATION,)
     about: str = (
         "Hallucination space as a gate at the decoder: a window whose first state lies in the space is "
         "rejected, our reading of its description; strength: share of calibration speech rejected, published "

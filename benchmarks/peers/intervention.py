@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.availability import CALIBRATION
 from benchmarks.methods import Heard, Setup
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class EditMethod:
     quick_strengths: tuple[float, ...]
     about: str
     edit: Callable[[Setup], Edit]
+    needs: tuple[str, ...] = (CALIBRATION,)
 
     def prepare(self, setup: Setup) -> None:
         self.fitted(setup)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.availability import CALIBRATION
 from benchmarks.methods import GATED, Heard, Method, Setup, Unavailable
 from benchmarks.peers.judging import GROUP, judge
 from whisper_steer.errors import UsageError
@@ -157,6 +158,7 @@ class LinearGatePeer:
     name: str = "linear-gate"
     strengths: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.1)
     timed: str = GATED
+    needs: tuple[str, ...] = (CALIBRATION, "sklearn")
     about: str = (
         "logistic regression on the mean of the encoder's last block, fitted on calibration clips, withholds "
         "windows of plain Whisper; strength: share of calibration speech below its threshold"

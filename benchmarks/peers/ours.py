@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.availability import CALIBRATION, SAES, STEERING
 from benchmarks.methods import ALONE, AT_ONCE, BEHIND_VAD, Heard, Method, Setup, Unavailable
 from benchmarks.peers import pooling
 from benchmarks.peers.intervention import EditMethod, hear_under, label_events
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 QUICK_ALPHAS = (0.5, 1.0, 2.0)
 LABELS = ("text", "hr", "nsp")
+VAD_NEEDS = ("faster_whisper", "onnxruntime")
 TOP_K = 25
 MULTIPLES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 QUICK_MULTIPLES = (1 / 16, 1 / 4, 1.0)
@@ -79,6 +81,10 @@ class Steered:
     def timed(self) -> str:
         return BEHIND_VAD if self.vad else AT_ONCE
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (STEERING, *VAD_NEEDS) if self.vad else (STEERING,)
+
     def prepare(self, setup: Setup) -> None:
         steering_of(setup)
         if self.vad:
@@ -124,6 +130,7 @@ class SteeredStretches:
     strengths: tuple[float, ...] = (0.0, *ALPHAS)
     quick_strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
     timed: str = ALONE
+    needs: tuple[str, ...] = (STEERING,)
 
     def prepare(self, setup: Setup) -> None:
         if steering_of(setup).gate is None:
@@ -309,6 +316,7 @@ METHODS: tuple[Method, ...] = (
             "(word errors within 1 point on calibration clips)"
         ),
         edit=fit_shift,
+        needs=(CALIBRATION,),
     ),
     Ungated(
         name="ours-latents",
@@ -319,5 +327,6 @@ METHODS: tuple[Method, ...] = (
             "1 (word errors within 1 point on calibration clips)"
         ),
         edit=fit_latents,
+        needs=(CALIBRATION, SAES, "sklearn"),
     ),
 )

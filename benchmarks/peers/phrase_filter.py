@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from benchmarks.availability import CALIBRATION
 from benchmarks.methods import JUDGED, Heard, Method, Setup
 from benchmarks.peers.judging import judge
 
@@ -67,6 +68,7 @@ class PhraseFilter:
     name: str = "phrase-filter"
     strengths: tuple[float, ...] = (4.0, 10.0, 30.0, 100.0, 300.0)
     timed: str = JUDGED
+    needs: tuple[str, ...] = (CALIBRATION,)
     about: str = (
         "bag of hallucinations: sentences that users report, or that plain Whisper wrote over calibration "
         "non-speech, are deleted (after arXiv 2501.11378); strength: number of phrases"

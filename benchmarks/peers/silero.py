@@ -118,6 +118,7 @@ class SileroFirst:
     strengths: tuple[float, ...] = THRESHOLDS
     quick_strengths: tuple[float, ...] = (0.5, 0.9)
     timed: str = BEHIND_VAD
+    needs: tuple[str, ...] = ("faster_whisper", "onnxruntime")
     about: str = (
         "Silero VAD (v6, of faster-whisper) in front of openai-whisper, which hears only the speech that it "
         "finds; strength: the VAD's threshold, its default: 0.5"
