@@ -260,7 +260,7 @@ def _plain(
         for result in greedy_decode(model, finish_encoder(model, x, sae.layer), language):
             written = [*result.tokens, tokenizer.eot][:SCORED_TOKENS]
             # <|endoftext|> alone would be scored: without words there is nothing to score
-            rows.append([*tokenizer.sot_sequence, *(written if normalise(result.text) else [])])
+            rows.append([*tokenizer.sot_sequence, *(written if normalise(result.text, language) else [])])
     prefix = len(tokenizer.sot_sequence)
     lengths = np.array([len(row) for row in rows])
     tokens = torch.full((len(rows), max(int(lengths.max()), prefix + 1)), -1)

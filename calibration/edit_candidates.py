@@ -56,6 +56,7 @@ def screen_edits(
         calibration.first_windows(nonspeech),
         None if choice is None else choice.gate,
         (calibration.first_windows(joined), [clip.reference or "" for clip in joined]) if joined else None,
+        language=calibration.language,
     )
     logger.info("plain: %s", screen.effect(()))
     candidates = [

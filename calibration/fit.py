@@ -28,7 +28,7 @@ from calibration import edit_fit, gate_fit
 from calibration.activations import check_layers
 from calibration.causal import CausalEffects, both_edit, candidates, causal_edit, causal_effects
 from calibration.command import run
-from calibration.evaluate import evenly, normalise
+from calibration.evaluate import evenly
 from calibration.fit_files import Fit, write_fit
 from calibration.hallucinations import Labels, label_clips
 from calibration.hearing import first_windows
@@ -192,22 +192,23 @@ def fit_parts(
     *,
     seed: int = 0,
     causal: bool = True,
+    language: str = "en",
     progress: bool = True,
 ) -> Fit:
     """Gates from the training clips; edits, and what the gates say, from the labelled calibration clips.
 
-    saes: the layers to fit on, each with its SAE or None.
+    saes: the layers to fit on, each with its SAE or None. language: code of what is spoken.
     Raises UsageError where one kind of clip is missing.
     """
     sample = gate_fit.collect_gate_frames(model, training, layers=sorted(saes), seed=seed, progress=progress)
     gates = fit_gates(saes, sample, progress=progress)
-    table, pooled = measure_windows(model, saes, gates, sets, labels, progress=progress)
+    table, pooled = measure_windows(model, saes, gates, sets, labels, language=language, progress=progress)
     nonspeech = np.array([not clip.is_speech for clip in table.clips])
     clip_labels = [labels[clip.id] for clip in table.clips]
     effects_of = None
     if causal:
         sources = {(name, clip.id): clip for name, clip in named(sets)}
-        spoken = [c for c in table.clips if c.is_speech and normalise(c.transcript.text)]
+        spoken = [c for c in table.clips if c.is_speech and c.has_words(c.transcript.text)]
         others = [c for c in table.clips if not c.is_speech]
         mels = [
             first_windows(model, [sources[c.set, c.id] for c in evenly(chosen, _CAUSAL_WINDOWS)])
@@ -217,7 +218,9 @@ def fit_parts(
         if len(mels) == 2:
 
             def effects_of(sae: SparseAutoencoder, latents: np.ndarray) -> CausalEffects:
-                return causal_effects(model, sae, latents, mels[0], mels[1], progress=progress)
+                return causal_effects(
+                    model, sae, latents, mels[0], mels[1], language=language, progress=progress
+                )
 
     edits = fit_edits(saes, pooled, clip_labels, nonspeech, effects_of)
     spoken_clips = [clip for clip in training if clip.kind != "nonspeech"]

@@ -72,7 +72,7 @@ class GatedHearing:
             audios = (self.calibration.sources[clip.set, clip.id].load() for clip in decoded)
             with steer(model, alpha=alpha, steering=Steering(tuple(edits), open_gate, metadata)):
                 bar = tqdm(
-                    iterate_transcripts(model, audios),
+                    iterate_transcripts(model, audios, language=self.calibration.language),
                     total=len(decoded),
                     desc=label,
                     unit="clip",

@@ -62,15 +62,15 @@ class Labels:
     transcript: ClipTranscript
 
 
-def labels_of(transcript: ClipTranscript) -> Labels:
-    """The three labels of a transcript."""
+def labels_of(transcript: ClipTranscript, language: str = "en") -> Labels:
+    """The three labels of a transcript in a language (its code)."""
     return Labels(
         no_speech_prob=transcript.no_speech_prob,
         avg_logprob=transcript.avg_logprob,
         text=transcript.text,
         nsp=transcript.nsp,
         hr=transcript.hr,
-        text_fp=bool(normalise(transcript.text)),
+        text_fp=bool(normalise(transcript.text, language)),
         transcript=transcript,
     )
 
@@ -102,14 +102,16 @@ def iterate_labelled(
     known: Mapping[tuple[str, int], ClipTranscript],
     *,
     batch: int = 8,
+    language: str = "en",
 ) -> Iterator[list[LabelledClip]]:
     """The clips in groups, as they are finished: those in `known` (by id and CRC) at once, the others
-    `batch` at a time.
+    `batch` at a time. language: that they are decoded in.
     """
     waiting: list[tuple[Clip, np.ndarray, int]] = []
 
     def decoded() -> list[LabelledClip]:
-        transcripts = transcribe_clips(model, [audio for _, audio, _ in waiting], batch=batch)
+        audios = [audio for _, audio, _ in waiting]
+        transcripts = transcribe_clips(model, audios, batch=batch, language=language)
         return [
             LabelledClip(clip.id, crc, transcript)
             for (clip, _, crc), transcript in zip(waiting, transcripts, strict=True)
@@ -135,25 +137,27 @@ def label_clips(
     *,
     cache: Path | None = None,
     batch: int = 8,
+    language: str = "en",
     progress: bool = True,
 ) -> dict[str, Labels]:
     """Labels by clip id. With `cache`, finished clips are appended to a JSON lines file and not computed
     again.
 
     A cached line counts only for the same audio (its CRC is stored) and the same encoder and decoder weights.
+    language: code of what is spoken.
 
     Raises:
-        UsageError: the cache was made with another model.
+        UsageError: the cache was made with another model or in another language.
     """
-    known = open_label_file(cache, model_crc(model)) if cache is not None else {}
+    known = open_label_file(cache, model_crc(model), language) if cache is not None else {}
     labels: dict[str, Labels] = {}
     counted = tqdm(clips, desc="labels", unit="clip", disable=not progress)
-    for group in iterate_labelled(model, counted, known, batch=batch):
+    for group in iterate_labelled(model, counted, known, batch=batch, language=language):
         lines = "".join(done.line() for done in group if done.new)
         if cache is not None and lines:
             with cache.open("a", encoding="utf-8") as file:
                 file.write(lines)
-        labels |= {done.id: labels_of(done.transcript) for done in group}
+        labels |= {done.id: labels_of(done.transcript, language) for done in group}
     return labels
 
 
@@ -166,24 +170,32 @@ def model_crc(model: Whisper) -> int:
     return crc
 
 
-def label_header(crc: int) -> str:
-    """First line of a label file of the model whose `model_crc` is `crc`."""
+def label_header(crc: int, language: str = "en") -> str:
+    """First line of a label file of the model whose `model_crc` is `crc`; it names other languages than
+    English."""
     header = {"kind": "hallucination-labels", "format_version": FORMAT_VERSION, "model_crc": crc}
+    if language != "en":
+        header["language"] = language
     return json.dumps(header) + "\n"
 
 
-def open_label_file(path: Path, crc: int) -> dict[tuple[str, int], ClipTranscript]:
+def open_label_file(path: Path, crc: int, language: str = "en") -> dict[tuple[str, int], ClipTranscript]:
     """Transcripts by clip id and audio CRC. A missing file is begun, half a line at its end is cut off.
 
-    Raises FormatError: not a label file. UsageError: made with another model than the one of `crc`.
+    Raises FormatError: not a label file. UsageError: made with another model than the one of `crc`, or in
+    another language.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(label_header(crc), encoding="utf-8")
+        path.write_text(label_header(crc, language), encoding="utf-8")
         return {}
     found, lines, intact = _read_lines(path)
     if found.get("model_crc") != crc:
         raise UsageError(f"{path} holds labels of another model: delete it or give another --out")
+    if (made_in := found.get("language", "en")) != language:
+        raise UsageError(
+            f"{path} holds labels in the language {made_in}, not {language}: delete it or give another --out"
+        )
     if intact < path.stat().st_size:
         # an interrupted run left half a line: cut it off, or the next line would be glued to it
         logger.warning("%s ends in an unfinished line; dropped", path)

@@ -129,10 +129,12 @@ class Calibration:
         effort: Effort,
         joined: Sequence[CalibrationClip] = (),
         joined_sources: Sequence[Clip] = (),
+        language: str = "en",
     ):
         """joined: recordings of speech and other sounds in turn (calibration.joined) with what plain
-        Whisper makes of them, in the order of `joined_sources`."""
+        Whisper makes of them, in the order of `joined_sources`. language: code of what is spoken."""
         self.model, self.fit, self.budget, self.effort = model, fit, budget, effort
+        self.language = language
         self.sources = {(name, clip.id): clip for name, clips in sets.items() for clip in clips}
         self.joined = list(joined)
         self.sources |= {
@@ -153,6 +155,7 @@ class Calibration:
         *,
         cache: Path | None = None,
         seed: int = 3,
+        language: str = "en",
         progress: bool = True,
     ) -> Calibration:
         """With joined recordings of the sets' clips, labelled as plain Whisper hears them.
@@ -162,9 +165,12 @@ class Calibration:
         known = understood_sets(fit.table.clips)
         chosen = {name: clips for name, clips in sets.items() if name in known or _without_speech(clips)}
         sources = join_clips(chosen if known else sets, count=effort.joined, seed=seed)
-        labels = label_clips(model, sources, cache=cache, progress=progress)
-        joined = [CalibrationClip.of(clip, clip.category, labels[clip.id].transcript) for clip in sources]
-        return cls(model, sets, fit, budget, effort, joined, sources)
+        labels = label_clips(model, sources, cache=cache, language=language, progress=progress)
+        joined = [
+            CalibrationClip.of(clip, clip.category, labels[clip.id].transcript, language=language)
+            for clip in sources
+        ]
+        return cls(model, sets, fit, budget, effort, joined, sources, language)
 
     def hear(
         self,
@@ -180,7 +186,7 @@ class Calibration:
         else:
             audios = (self.sources[clip.set, clip.id].load() for clip in clips)
             with steer(self.model, alpha=1.0, steering=steering, decode_withheld=False):
-                running = iterate_transcripts(self.model, audios)
+                running = iterate_transcripts(self.model, audios, language=self.language)
                 bar = tqdm(running, total=len(clips), desc=label, unit="clip", disable=not progress)
                 transcripts = list(bar)
         return compare(clips, transcripts)

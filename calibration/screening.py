@@ -126,6 +126,7 @@ class Screen:
         speech, nonspeech: mels (windows, n_mels, 3000).
         gate: scales the edits per frame; None: the papers' way, everywhere.
         joined: mels of windows with speech and gaps, and what is said in each.
+        language: code of what is spoken.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class Screen:
         nonspeech: Tensor,
         gate: Gate | None,
         joined: tuple[Tensor, Sequence[str]] | None = None,
+        *,
+        language: str = "en",
     ):
-        self.model = model
+        self.model, self.language = model, language
         self.speech, self.nonspeech = Windows(model, speech), Windows(model, nonspeech)
         self.joined = None if joined is None else Windows(model, joined[0])
         self._said = () if joined is None else tuple(joined[1])
@@ -155,12 +158,12 @@ class Screen:
         tokenizer = get_tokenizer(
             self.model.is_multilingual,
             num_languages=self.model.num_languages,
-            language="en",
+            language=self.language,
             task="transcribe",
         )
         rows = []
         for start in range(0, len(mels), self.speech.batch):
-            for result in greedy_decode(self.model, mels[start : start + self.speech.batch]):
+            for result in greedy_decode(self.model, mels[start : start + self.speech.batch], self.language):
                 rows.append([*tokenizer.sot_sequence, *result.tokens, tokenizer.eot])
         tokens = torch.full((len(rows), max(map(len, rows))), -1)
         for index, row in enumerate(rows):
@@ -196,11 +199,14 @@ class Screen:
                 r.text if escapes_skip_rule(r.no_speech_prob, r.avg_logprob) else ""
                 for r in self._heard(self.joined, edits)
             ]
-            counted = [word_errors(said, text) for said, text in zip(self._said, texts, strict=True)]
-            words = sum(one.words for one in counted if one is not None)
-            gap_wer = sum(one.total for one in counted if one is not None) / max(words, 1)
+            counted = [
+                word_errors(said, text, self.language) for said, text in zip(self._said, texts, strict=True)
+            ]
+            said = sum(one.words for one in counted if one is not None)
+            gap_wer = sum(one.total for one in counted if one is not None) / max(said, 1)
+        words = [normalise(result.text, self.language) for result in results]
         return Effect(
-            text=float(np.mean([k and bool(normalise(r.text)) for k, r in zip(kept, results, strict=True)])),
+            text=float(np.mean([keep and bool(w) for keep, w in zip(kept, words, strict=True)])),
             nsp=float(np.mean([counts_as_speech_nsp(r.no_speech_prob) for r in results])),
             hr=float(np.mean(kept)),
             no_speech_prob=float(np.mean([r.no_speech_prob for r in results])),
@@ -213,7 +219,7 @@ class Screen:
             features = windows.edited(edits)
         results: list[DecodingResult] = []
         for start in range(0, len(features), windows.batch):
-            results += greedy_decode(self.model, features[start : start + windows.batch])
+            results += greedy_decode(self.model, features[start : start + windows.batch], self.language)
         return results
 
     def unit(self, edit: Edit) -> float:

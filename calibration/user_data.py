@@ -64,6 +64,7 @@ def read_splits(
     seed: int = 0,
     shares: tuple[float, float, float] = (0.5, 0.3, 0.2),
     max_seconds: float = WINDOW_SECONDS,
+    language: str = "en",
     progress: bool = True,
 ) -> Splits:
     """Read a user's recordings and split them; the same files, seed and shares give the same splits.
@@ -81,6 +82,7 @@ def read_splits(
         seed: of the order in which groups are dealt out, and of the noise on training clips.
         shares: of training, validation and test, by recordings; groups are not torn apart for them.
         max_seconds: the longest clip, up to 30; longer recordings of speech are left out.
+        language: code of what is spoken.
 
     What is there twice (same samples) is kept once; what cannot be read is skipped with a warning; a file
     that the manifest has too is no non-speech.
@@ -97,7 +99,7 @@ def read_splits(
     items = speech_items(speech)
     found = {name: find_audio([folder]) for name, folder in folders.items()}  # before hours of decoding
     reader = Reader(progress)
-    spoken, their_files = read_speech(items, speech, max_seconds, reader)
+    spoken, their_files = read_speech(items, speech, max_seconds, reader, language)
     sounds = read_sounds(folders, found, their_files, max_seconds, reader)
     reader.report()
     for kind, clips, where in (

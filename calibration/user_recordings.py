@@ -182,10 +182,10 @@ def _file_digest(path: str) -> str:
 
 
 def read_speech(
-    items: Sequence[AudioItem], where: Path, max_seconds: float, reader: Reader
+    items: Sequence[AudioItem], where: Path, max_seconds: float, reader: Reader, language: str = "en"
 ) -> tuple[list[Clip], set[str]]:
     """The usable recordings, and the digests of all files listed. A clip's group joins all of a speaker and
-    all of a file.
+    all of a file. language: of the texts, a code.
     """
     digests = {path: _file_digest(path) for path in dict.fromkeys(str(item.path) for item in items)}
     joined = joined_groups(
@@ -196,7 +196,7 @@ def read_speech(
     for item, group in zip(
         tqdm(items, desc="reading speech", unit="file", disable=not reader.progress), joined, strict=True
     ):
-        if not normalise(item.text or ""):
+        if not normalise(item.text or "", language):
             reader.skip("without_text", item.id)
             continue
         load = item.audio or partial(load_audio, str(item.path))

@@ -5,7 +5,16 @@ import pytest
 from calibration_tools import clips, make_terse_whisper
 
 import calibration.hallucinations as hallucinations
-from calibration.hallucinations import is_nonspeech, label, label_clips, summary
+from calibration.decoding import ClipTranscript
+from calibration.hallucinations import (
+    is_nonspeech,
+    label,
+    label_clips,
+    labels_of,
+    model_crc,
+    open_label_file,
+    summary,
+)
 from whisper_steer.errors import FormatError, UsageError
 
 
@@ -86,3 +95,18 @@ def test_summary_measures_speech_and_the_rest_apart(model):
         and "wer" not in tones
     )
     assert is_nonspeech(sets["tones"]) and not is_nonspeech(sets["speech"]) and not is_nonspeech([])
+
+
+def test_labels_are_of_one_language(model, tmp_path):
+    chosen = clips(0, 2)["tones"]
+    english, german = tmp_path / "en.jsonl", tmp_path / "de.jsonl"
+    label_clips(model, chosen, cache=english, progress=False)
+    assert "language" not in json.loads(english.read_text().splitlines()[0])  # as it always was
+    with pytest.raises(UsageError, match="en.jsonl holds labels in the language en, not de: delete it"):
+        label_clips(model, chosen, cache=english, language="de", progress=False)
+    first = open_label_file(german, model_crc(model), "de")
+    assert first == {} and json.loads(german.read_text())["language"] == "de"
+    with pytest.raises(UsageError, match="de.jsonl holds labels in the language de, not en"):
+        open_label_file(german, model_crc(model))
+    filler = ClipTranscript(" Um.", (), ((0.1, -0.2),), 1.0)
+    assert not labels_of(filler).text_fp and labels_of(filler, "pt").text_fp
