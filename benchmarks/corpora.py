@@ -65,6 +65,7 @@ STAND_INS: Mapping[str, tuple[str, ...]] = {
     US8K: ("sounds",),
     LIBRISPEECH: ("speech", "real_speech"),
 }
+ESC10 = "esc10"  # source of the recordings that ESC-50 has in common with ESC-10, its subset
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,10 @@ def _stand_ins(data: Path | None, fit_limit: int | None, test_limit: int | None,
         about = " + ".join(place for place in places if place in test) + " of the evaluation sets"
         corpus = Corpus(name, name == LIBRISPEECH, _joined(fit, places), _joined(test, places), about)
         made.append(_limited(corpus, fit_limit, test_limit))
+    ten = tuple(clip for clips in test.values() for clip in clips if clip.source == ESC10)
+    if ten:  # only measured, as ESC-50 is
+        about = f"ESC-10 below {data}, a subset: 10 of its 50 classes"
+        made.append(_limited(Corpus(ESC50, False, (), ten, about), fit_limit, test_limit))
     where = "synthetic audio" + (f" and the recordings below {data}" if data is not None else " alone")
     note = f"none of the papers' data sets is at hand: the evaluation sets take their places ({where})"
     return Corpora(tuple(made), True, (note,))

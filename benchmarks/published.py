@@ -2,9 +2,10 @@
 
 AudioSAE (arXiv 2602.05027v2, EACL 2026): Table 2, and the appendix's tables on the classifier and on
 steering (6 to 13). The figures come from reading notes of the paper, which keep the appendix's figures but
-not the number of every table, nor all of them; so the appendix is grouped here by what is measured: the
-classifier's F1, S-vectors, SAE steering. The follow-up (arXiv 2606.07473, Interspeech 2026): its table of
-hallucination rates, from secondary digests. A cell without a figure at hand is measured all the same.
+not the number of every table, nor all of them; so the appendix is grouped here by what is measured, and three
+groups cover tables 6 to 13 together: the classifier's F1, S-vectors, SAE steering. The follow-up (arXiv
+2606.07473, Interspeech 2026): its table of hallucination rates, from secondary digests. A cell without a
+figure at hand is measured all the same.
 
 Rates are fractions (0.051 is a WER of 5.1 %).
 """
@@ -116,6 +117,8 @@ def _published(
     return found
 
 
+_APPENDIX = "AudioSAE, tables 6-13, those on"
+_NUMBERS = "the notes at hand do not say which number each of the paper's tables 6-13 has"
 _PLAIN = Condition("plain")
 _IN_PATH = Condition("reconstruction")
 _FPR = tuple((name, "nsp_fpr") for name in VECTOR_SETS)
@@ -170,13 +173,13 @@ def _classifier() -> Table:
         figures |= _published(row, columns, *values)
     return Table(
         "audiosae-classifier",
-        "AudioSAE, of tables 6-13: F1 of the classifier by number of features",
+        f"{_APPENDIX} the classifier: F1 by number of features",
         AUDIOSAE,
         "small",
         rows,
         columns,
         figures,
-        "here out of fold: features are chosen inside each of five folds",
+        f"{_NUMBERS}; here out of fold: features are chosen inside each of five folds",
     )
 
 
@@ -186,13 +189,13 @@ def _s_vectors() -> Table:
     )
     return Table(
         "audiosae-s-vector",
-        "AudioSAE, of tables 6-13: S-vectors (rows: fitted on; columns: measured on)",
+        f"{_APPENDIX} S-vectors (rows: fitted on; columns: measured on)",
         AUDIOSAE,
         "small",
         rows,
         _FPR_AND_WER,
         {},
-        "published figures at hand are those of Table 2",
+        f"{_NUMBERS}; published figures at hand are those of Table 2",
     )
 
 
@@ -218,13 +221,13 @@ def _sae_steering() -> Table:
                 figures |= _published(row(vector, k, alpha), _FPR_AND_WER[3:], (0.052, 0.055))
     return Table(
         "audiosae-sae",
-        "AudioSAE, of tables 6-13: SAE steering (rows: fitted on; columns: measured on)",
+        f"{_APPENDIX} SAE steering, k {', '.join(map(str, LATENTS))} (rows: fitted on; columns: measured on)",
         AUDIOSAE,
         "small",
         tuple(row(vector, k, alpha) for k in LATENTS for alpha in ALPHAS for vector in VECTOR_SETS),
         _FPR_AND_WER,
         figures,
-        "WER for k <= 10 is published as a range over all of them",
+        f"{_NUMBERS}; WER for k <= 10 is published as a range over all of them",
     )
 
 

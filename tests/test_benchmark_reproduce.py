@@ -65,6 +65,34 @@ def score_of(p: float, logprob: float | None = -0.5, text: str = "") -> Score:
 # -- published figures ----------------------------------------------------------------------------------
 
 
+def test_headings_name_the_tables_that_a_group_covers() -> None:
+    titles = {table.id: table.title for table in tables_for(12)}
+    assert titles["audiosae-2"].startswith("AudioSAE, Table 2: ")
+    for group in ("audiosae-classifier", "audiosae-s-vector", "audiosae-sae"):
+        assert titles[group].startswith("AudioSAE, tables 6-13, those on ")
+    notes = {table.id: table.note for table in tables_for(12)}
+    assert "which number" in notes["audiosae-sae"] and "which number" not in notes["audiosae-2"]
+
+
+def test_esc10_takes_the_place_of_esc50_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def clip(name: str, source: str) -> Clip:
+        return Clip(name, "nonspeech", name.split("/")[0], "test", source=source, group=name)
+
+    sets = {
+        "sounds": [clip("sounds/rain", "esc10"), clip("sounds/blip", "game")],
+        "human": [clip("human/cry", "esc10")],
+        "speech": [Clip("speech/0", "speech", "speech", "test", "yes")],
+    }
+    monkeypatch.setattr("calibration.corpus.eval_sets", lambda split, data=None, quick=False: sets)
+    monkeypatch.setattr("calibration.corpus.real_clips", lambda data, split: sets["sounds"])
+    found = read_corpora(tmp_path).get("ESC-50")
+    assert found is not None and found.fit == () and not found.speech
+    assert sorted(one.id for one in found.test) == ["human/cry", "sounds/rain"]
+    assert "a subset: 10 of its 50 classes" in found.about
+    sets["sounds"], sets["human"] = sets["sounds"][1:], []
+    assert read_corpora(tmp_path).get("ESC-50") is None
+
+
 def test_published_figures_stand_in_their_cells() -> None:
     table_2, _, classifier, _, sae, follow_up = tables_for(12)
     plain = Condition("plain")
