@@ -16,15 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from calibration.calibration_page import write_report
 from calibration.decoding import ClipTranscript
-from calibration.evaluate import nonspeech_metrics, normalise, speech_metrics
+from calibration.evaluate import bootstrap_share, nonspeech_metrics, speech_metrics
 from calibration.export import write_whole
 from calibration.fit import fit_parts
 from calibration.fit_files import RECORD, Fit, read_fit, write_fit
 from calibration.hallucinations import label_clips
 from calibration.hearing import Calibration, Effort, Heard, compare
 from calibration.selection import Budget, CalibrationClip, GateChoice
+from calibration.speech_costs import SpeechCosts
 from calibration.winners import find_gate, find_winner, finish
 from whisper_steer.errors import FormatError, UsageError
 from whisper_steer.fileformat import encoder_sha256, model_name
@@ -39,10 +42,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("whisper_steer")
 
+GATE_KINDS = ("latents", "raw", "any")
 WITHOUT_SAES = (
-    "no SAEs: the gate reads raw activations, and edits are directions and silence; there are no latents to "
-    "choose, to weigh one by one or to look into"
+    "Made without SAEs: the gate reads activations, and edits are directions and silence. There are no "
+    "latents to choose or to weigh one by one, and what the gate goes by cannot be looked up latent by latent"
 )
+# what a working folder was begun with -> what to say where it differs
+_DIFFERENCES = {
+    "encoder_sha256": "another model",
+    "recordings": "other recordings",
+    "audio": "other audio under the same names",
+    "saes": "other layers or other SAEs",
+    "seed": "another seed",
+    "causal": "another way to choose latents",
+    "language": "another language",
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +66,20 @@ class Settings:
     Attributes:
         budget: what speech may lose. effort: how much is computed.
         seed: of everything drawn. causal: choose latents by what ablating them does, too.
-        gate_kind: which gates may win; None: on latents where there are SAEs, else on raw activations.
+        gate_kind: which gates may win, one of GATE_KINDS: the one that leaves fewest words over non-speech
+            does. language: code of what is spoken.
     """
 
     budget: Budget = field(default_factory=Budget)
     effort: Effort = field(default_factory=Effort)
     seed: int = 0
     causal: bool = True
-    gate_kind: str | None = None
+    gate_kind: str = "any"
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        if self.gate_kind not in GATE_KINDS:
+            raise UsageError(f"gate_kind is {self.gate_kind!r}: expected {', '.join(GATE_KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -92,11 +112,14 @@ def calibrate(
     settings = settings or Settings()
     if out.suffix != ".safetensors":
         raise UsageError(f"{out} is not the name of a steering file: expected one that ends in .safetensors")
+    if settings.gate_kind == "latents" and not any(sae is not None for sae in saes.values()):
+        raise UsageError("gates on latents need SAEs: pass --saes, or --gate-kind any")
+    language = settings.language
     work = work or out.with_suffix(".work")
-    _prepare(work, model, splits, saes, settings)
+    begun = _prepare(work, model, splits, saes, settings)
     cache = work / "labels.jsonl"
     clips = [clip for chosen in splits.validation.values() for clip in chosen]
-    labels = label_clips(model, clips, cache=cache, progress=progress)
+    labels = label_clips(model, clips, cache=cache, language=language, progress=progress)
     fit = _fit(model, splits, saes, labels, work, settings, progress)
     calibration = Calibration.of(
         model,
@@ -106,20 +129,28 @@ def calibrate(
         settings.effort,
         cache=cache,
         seed=settings.seed,
+        language=language,
         progress=progress,
     )
-    with_latents = any(gate.kind == "latents" for gate in fit.gates.values())
-    kind = settings.gate_kind or ("latents" if with_latents else "raw")
     choice, logits = find_gate(
-        calibration, kind, training=splits.training, cache=work / "windows.npz", progress=progress
+        calibration,
+        settings.gate_kind,
+        training=splits.training,
+        cache=work / f"windows-{begun}.npz",
+        progress=progress,
     )
     chosen = find_winner(calibration, choice, logits, progress=progress)
     steering = finish(calibration, chosen, out.stem, progress=progress)
-    test = measure_test(model, splits.test, steering, cache, progress=progress)
-    notes = _notes(choice, with_latents)
+    test = measure_test(model, splits.test, steering, cache, language=language, progress=progress)
+    notes = _notes(choice)
     metadata = dict(steering.metadata)
     metadata["rates"] = {**metadata["rates"], "test": test}
-    metadata["recipe"] = {**metadata["recipe"], "splits": splits.counts, "notes": list(notes)}
+    metadata["recipe"] = {
+        **metadata["recipe"],
+        "splits": splits.counts,
+        "notes": list(notes),
+        "language": language,
+    }
     steering = replace(steering, metadata=metadata)
     out.parent.mkdir(parents=True, exist_ok=True)
     steering.save(out)
@@ -132,7 +163,8 @@ def calibrate(
         profiles=metadata["profiles"],
         test=test.get("pooled", {}),
         splits=splits.counts,
-        record={"notes": list(notes), **metadata["recipe"]},
+        notes=notes,
+        record=metadata["recipe"],
         budget=settings.budget.wer_rise,
     )
     return Calibrated(steering, test, (out, html, png), notes)
@@ -144,25 +176,49 @@ def _prepare(
     splits: Splits,
     saes: Mapping[int, SparseAutoencoder | None],
     settings: Settings,
-) -> None:
-    """Make the working folder, and refuse one that was begun with something else."""
+) -> str:
+    """Make the working folder, and refuse one that was begun with something else. Returns a hash of what it
+    was begun with."""
     ids = [clip.id for part in (splits.validation, splits.test) for c in part.values() for clip in c]
     ids += [clip.id for clip in splits.training]
     begun = {
         "encoder_sha256": encoder_sha256(model),
         "recordings": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        "layers": {str(layer): sae is not None for layer, sae in saes.items()},
+        "audio": splits.fingerprint or _audio_digest(splits),
+        "saes": {str(layer): None if sae is None else _sae_digest(sae) for layer, sae in saes.items()},
         "seed": settings.seed,
         "causal": settings.causal,
+        "language": settings.language,
     }
     path = work / "begun.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != begun:
-        raise FormatError(
-            f"{work} was begun with another model, other recordings or another seed: "
-            "remove it or pass another --work"
-        )
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if set(found) != set(begun):
+            raise FormatError(f"{work} was begun by another version: remove it or pass another --work")
+        if other := [what for name, what in _DIFFERENCES.items() if found[name] != begun[name]]:
+            raise FormatError(
+                f"{work} was begun with {' and '.join(other)}: remove it or pass another --work"
+            )
     work.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(begun).encode())
+    return hashlib.sha256(json.dumps(begun, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _audio_digest(splits: Splits) -> str:
+    """SHA-256 (hex) of the samples of validation and test, for splits that do not come from files."""
+    digest = hashlib.sha256()
+    for part in (splits.validation, splits.test):
+        for clip in (clip for clips in part.values() for clip in clips):
+            digest.update(clip.load().tobytes())
+    return digest.hexdigest()
+
+
+def _sae_digest(sae: SparseAutoencoder) -> str:
+    """SHA-256 (hex) of the tensors and of how they are used."""
+    digest = hashlib.sha256(f"{sae.layer} {sae.activation} {sae.k}".encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fit(
@@ -177,7 +233,7 @@ def _fit(
     folder = work / "fit"
     if (folder / RECORD).is_file():
         logger.info("taking the finished fit in %s", folder)
-        return read_fit(folder, model, splits.validation, labels)
+        return read_fit(folder, model, splits.validation, labels, language=settings.language)
     fitted = fit_parts(
         model,
         saes,
@@ -186,6 +242,7 @@ def _fit(
         labels,
         seed=settings.seed,
         causal=settings.causal,
+        language=settings.language,
         progress=progress,
     )
     fitted.record["calibrated_on"] = {
@@ -193,13 +250,11 @@ def _fit(
     }
     write_fit(folder, model, fitted)
     # what is read back is rounded to half precision: a run that was stopped comes to the same
-    return read_fit(folder, model, splits.validation, labels)
+    return read_fit(folder, model, splits.validation, labels, language=settings.language)
 
 
-def _notes(choice: GateChoice, with_latents: bool) -> tuple[str, ...]:
-    """What the record says about latents against raw activations."""
-    if not with_latents:
-        return (WITHOUT_SAES,)
+def _notes(choice: GateChoice) -> tuple[str, ...]:
+    """Sentences for the reader: what latents and activations are worth here, or that there are no SAEs."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in choice.table:
         if row.get("refitted") or "window_share" in row:
@@ -207,11 +262,16 @@ def _notes(choice: GateChoice, with_latents: bool) -> tuple[str, ...]:
         key = str(row["kind"])
         if key not in best or float(row["text_fpr"]) < float(best[key]["text_fpr"]):
             best[key] = row
-    return tuple(
-        f"best gate on {kind} at this budget, before the refit: {row['gate']}, "
-        f"text-FPR {float(row['text_fpr']):.4f} on the validation split"
+    rates = [
+        f"the best on {'activations' if kind == 'raw' else kind}, {row['gate']}, leaves words over "
+        f"{float(row['text_fpr']):.1%} of non-speech"
         for kind, row in sorted(best.items())
+    ]
+    measured = (
+        f"Gates at this budget on the validation split, before the chosen one was fitted again: "
+        f"{'; '.join(rates)}. Chosen: {choice.name}"
     )
+    return (measured,) if "latents" in best else (WITHOUT_SAES, measured)
 
 
 def measure_test(
@@ -220,49 +280,67 @@ def measure_test(
     steering: Steering,
     cache: Path,
     *,
+    language: str = "en",
     progress: bool = True,
 ) -> dict[str, Any]:
     """The steering at alpha 1 on clips that nothing was fitted or chosen on, beside plain Whisper.
 
-    Returns {"pooled": rates of all sets with _lo, _hi and _plain, "sets": {name: rates}}.
+    Returns {"pooled": rates of all sets with _lo, _hi and _plain, "sets": {name: rates}}. The rise of the WER
+    is over the "counted_words" of the "counted_sets" (`calibration.speech_costs`). Intervals draw groups.
     """
     clips = [clip for chosen in sets.values() for clip in chosen]
-    labels = label_clips(model, clips, cache=cache, progress=progress)
+    labels = label_clips(model, clips, cache=cache, language=language, progress=progress)
     known = [
-        CalibrationClip.of(clip, name, labels[clip.id].transcript)
+        CalibrationClip.of(clip, name, labels[clip.id].transcript, language=language)
         for name, chosen in sets.items()
         for clip in chosen
     ]
-    heard = _hear(model, clips, known, steering, progress)
-    pooled: dict[str, Any] = {"wer_rise": heard.rise, "wer_rise_hi": heard.rise_hi}
+    heard = _hear(model, clips, known, steering, language, progress)
     speech = [clip for clip in known if clip.is_speech]
     others = [clip for clip in known if not clip.is_speech]
+    pooled: dict[str, Any] = {}
     if others:
-        after = [heard.transcripts[clip.set, clip.id].outcome() for clip in others]
-        plain = [clip.transcript.outcome() for clip in others]
-        pooled |= _beside(nonspeech_metrics(after).row(), nonspeech_metrics(plain).row())
+        pooled |= _beside(_rates(others, heard), _rates(others))
     if speech:
-        references = [clip.reference or "" for clip in speech]
-        texts = [heard.transcripts[clip.set, clip.id].text for clip in speech]
-        row = speech_metrics(references, texts).row()
-        before = speech_metrics(references, [clip.transcript.text for clip in speech]).row()
-        pooled |= _beside(row, before)
-        pooled["wrongly_emptied"] = sum(
-            bool(normalise(clip.transcript.text)) and not normalise(text)
-            for clip, text in zip(speech, texts, strict=True)
-        ) / len(speech)
+        pooled |= _beside(_rates(speech, heard), _rates(speech))
+        pooled |= _against_budget(speech, heard)
     by_set = {}
     for name in sets:
-        mine = [clip for clip in known if clip.set == name]
-        after_texts = [heard.transcripts[clip.set, clip.id] for clip in mine]
-        if mine and mine[0].is_speech:
-            row = speech_metrics([c.reference or "" for c in mine], [t.text for t in after_texts]).row()
-        elif mine:
-            row = nonspeech_metrics([t.outcome() for t in after_texts]).row()
-        else:
-            continue
-        by_set[name] = row
+        if mine := [clip for clip in known if clip.set == name]:
+            by_set[name] = _rates(mine, heard)
     return {"pooled": pooled, "sets": by_set}
+
+
+def _rates(clips: Sequence[CalibrationClip], heard: Heard | None = None) -> dict[str, float]:
+    """Of clips of one kind, as heard; None: as plain Whisper hears them."""
+    after = [clip.transcript if heard is None else heard.transcripts[clip.set, clip.id] for clip in clips]
+    groups = [clip.group for clip in clips]
+    if not clips[0].is_speech:
+        outcomes = [clip.outcome(t) for clip, t in zip(clips, after, strict=True)]
+        return nonspeech_metrics(outcomes, groups=groups).row()
+    references, texts = [clip.reference or "" for clip in clips], [t.text for t in after]
+    return speech_metrics(references, texts, groups=groups, language=clips[0].language).row()
+
+
+def _against_budget(clips: Sequence[CalibrationClip], heard: Heard) -> dict[str, Any]:
+    """What the budget limits, with intervals, on clips of speech."""
+    costs = SpeechCosts(clips)
+    after = [heard.transcripts[clip.set, clip.id] for clip in costs.clips]
+    change = costs.errors([t.text for t in after]) - costs.plain
+    emptied = [clip.is_emptied(t) for clip, t in zip(costs.clips, after, strict=True)]
+    rate = bootstrap_share(emptied, groups=[clip.group for clip in costs.clips])
+    rise, rise_hi = costs.rise(change)
+    counted = [clip.set for clip, known in zip(costs.clips, costs.understood, strict=True) if known]
+    return {
+        "wer_rise": rise,
+        "wer_rise_lo": -costs.rise(-change)[1],
+        "wer_rise_hi": rise_hi,
+        "wrongly_emptied": rate.value,
+        "wrongly_emptied_lo": rate.lo,
+        "wrongly_emptied_hi": max(rate.hi, costs.share_hi(np.array(emptied))),
+        "counted_words": int(costs.words[costs.understood].sum()),
+        "counted_sets": list(dict.fromkeys(counted)),
+    }
 
 
 def _beside(row: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +353,7 @@ def _hear(
     clips: Sequence[Clip],
     known: Sequence[CalibrationClip],
     steering: Steering,
+    language: str,
     progress: bool,
 ) -> Heard:
     from tqdm import tqdm
@@ -283,7 +362,7 @@ def _hear(
     from whisper_steer.attach import steer
 
     with steer(model, alpha=1.0, steering=steering, decode_withheld=False):
-        running = iterate_transcripts(model, (clip.load() for clip in clips))
+        running = iterate_transcripts(model, (clip.load() for clip in clips), language=language)
         transcripts: list[ClipTranscript] = list(
             tqdm(running, total=len(clips), desc="test split", unit="clip", disable=not progress)
         )

@@ -17,11 +17,13 @@ from calibration.html_report import (
     Markup,
     Row,
     Tile,
+    Tone,
     details,
     facts,
     figure,
     headline,
     page,
+    paragraph,
     section,
     table,
     text,
@@ -58,6 +60,8 @@ NAMES = {
     "del": "deletions, %",
     "ins": "insertions, %",
     "empty_speech": "speech clips that came back empty, %",
+    "wrongly_emptied": "speech clips emptied wrongly, %",
+    "counted_words": "words that its change is over",
 }
 
 Point = Mapping[str, Any]
@@ -75,17 +79,20 @@ def write_report(
     splits: Mapping[str, Any],
     record: Mapping[str, Any],
     budget: float,
+    notes: Sequence[str] = (),
 ) -> tuple[Path, Path]:
     """Writes the page and the picture of its frontier; returns their paths.
 
     model_line: the model in a sentence. frontier: points measured on the validation split, each with alpha,
     threshold (the gate's window logit; None or absent without a gate), text_fpr with text_fpr_lo and
-    text_fpr_hi, wer_rise with wer_rise_hi, empty_speech; fractions. The chosen point is the one at alpha 1.
+    text_fpr_hi, wer_rise with wer_rise_hi, empty_speech; fractions; and nonspeech_clips, speech_clips and
+    unheard_clips, where they are known. The chosen point is the one at alpha 1.
     profiles: name -> alpha. test: rates on the test split by name, fractions, each with _lo and _hi where
     it has an interval and with _plain where plain Whisper was measured too (or all of plain's under
-    "plain"). splits: split -> its clips, a number or kind -> number. record: what else the file should say
-    of how it was made. budget: highest accepted rise of the WER, a fraction, held against the upper end of
-    its interval.
+    "plain"), and counted_words and counted_sets, over which the rise of the WER is. splits: split -> its
+    clips, a number or kind -> number. record: what else the file should say of how it was made. budget:
+    highest accepted rise of the WER, a fraction, held against the upper end of its interval. notes: sentences
+    that every reader should see.
 
     Raises UsageError (no frontier, a point without a number it needs, a budget below 0), FormatError
     (cannot be written).
@@ -102,6 +109,7 @@ def write_report(
     )
     body = [
         *_answer(chosen, test, budget),
+        *([section("Gate and latents", *(paragraph(note + ".") for note in notes))] if notes else []),
         section("Frontier", figure(drawn, caption, alt="hallucination rate against change of WER by alpha")),
         section(
             "Profiles",
@@ -110,11 +118,11 @@ def write_report(
         ),
     ]
     if test:
-        note = "Clips that neither the fit nor the choice has seen."
+        note = "Clips that neither the fit nor the choice has seen." + _counted(test)
         body.append(section("On the test split", _test_table(test), note=note))
     if splits:
         body.append(section("What was measured", _split_table(splits)))
-    body.append(section("All points of the frontier", _point_table(points, chosen)))
+    body.append(section("All points of the frontier", _point_table(points, chosen), note=_of_clips(points)))
     if record:
         body.append(
             section("Record", details("Everything the file says of how it was made", facts(_flat(record))))
@@ -178,24 +186,59 @@ def _answer(chosen: Point, test: Mapping[str, Any], budget: float) -> list[Marku
         figures.append(
             Tile("hallucinated transcripts", f"{100 * (rate / plain - 1):+.1f} %".replace("-", "−"))
         )
-    kept = rise <= budget
-    figures.append(
-        Tile("word error rate", _points(rise), f"budget {_points(budget)}", "good" if kept else "bad")
-    )
-    if test.get("empty_speech") is not None:
-        before = _plain_of(test, "empty_speech")
-        detail = "" if before is None else f"plain: {100 * before:.1f} %"
-        figures.append(
-            Tile("speech clips that came back empty", f"{100 * test['empty_speech']:.1f} %", detail)
+    low, high = (_bound({"wer_rise": rise, **test}, "wer_rise", end) for end in ("_lo", "_hi"))
+    span = "" if low == high else f"{_points(low)} to {_points(high)}, "
+    tone: Tone = "good" if high <= budget else "bad"
+    figures.append(Tile("word error rate", _points(rise), f"{span}budget {_points(budget)}", tone))
+    figures += _emptied(test)
+    doubts = []
+    if rise <= budget < high:
+        doubts.append(
+            f"The upper end of the interval, {_points(high)}, is above the budget: so few recordings do not "
+            "show that it is kept."
         )
-    high = _bound(chosen, "wer_rise", "_hi")
-    more = ""
-    if high > budget:
-        more = (
+    at_choice = _bound(chosen, "wer_rise", "_hi")
+    if at_choice > budget:
+        doubts.append(
             f"Alpha {chosen['alpha']:g} does not keep the budget on the validation split: the upper end of "
-            f"its interval is {_points(high)}."
+            f"its interval is {_points(at_choice)}."
         )
-    return [headline(sentence, more), tiles(figures)]
+    return [headline(sentence, *doubts), tiles(figures)]
+
+
+def _emptied(test: Mapping[str, Any]) -> list[Tile]:
+    """Speech that came back without a word: what steering took, with its interval, else all of it."""
+    if test.get("wrongly_emptied") is not None:
+        low, high = (100 * _bound(test, "wrongly_emptied", end) for end in ("_lo", "_hi"))
+        value = f"{100 * test['wrongly_emptied']:.1f} %"
+        return [Tile("speech clips emptied wrongly", value, f"{low:.1f} to {high:.1f} %")]
+    if test.get("empty_speech") is None:
+        return []
+    before = _plain_of(test, "empty_speech")
+    detail = "" if before is None else f"plain: {100 * before:.1f} %"
+    return [Tile("speech clips that came back empty", f"{100 * test['empty_speech']:.1f} %", detail)]
+
+
+def _counted(test: Mapping[str, Any]) -> str:
+    """Over which words the rise of the WER is; "" where that is not known."""
+    if test.get("counted_words") is None:
+        return ""
+    sets = ", ".join(test.get("counted_sets") or ())
+    return (
+        f" The change of the word error rate is over the {test['counted_words']} words of {sets}; sets of "
+        "which plain Whisper gets more than every second word wrong are left out, unless it does of all."
+    )
+
+
+def _of_clips(points: Sequence[Point]) -> str:
+    """How many clips the points are of; "" where that is not known."""
+    counts = {(one.get("nonspeech_clips"), one.get("speech_clips")) for one in points}
+    if len(counts) != 1 or None in (found := next(iter(counts))):
+        return ""
+    return (
+        f"Every point is of the same {found[0]} clips of non-speech and {found[1]} of speech. Not heard: "
+        "those of them that an edit may change at this alpha; clips like them that were heard stand for them."
+    )
 
 
 def _rise_of(test: Mapping[str, Any]) -> float | None:
@@ -223,11 +266,20 @@ def _profile_table(points: Sequence[Point], profiles: Mapping[str, float]) -> Ma
     for name, alpha in sorted(profiles.items(), key=lambda item: item[1]):
         nearest = min(points, key=lambda one: abs(one["alpha"] - alpha))
         measured = abs(nearest["alpha"] - alpha) < 1e-9
-        rows.append(Row((name, f"{alpha:g}", *(_cells(nearest) if measured else ("not measured",) * 4))))
+        rows.append(
+            Row((name, f"{alpha:g}", *(_cells(nearest) if measured else ("not measured",) * len(COLUMNS))))
+        )
     return table(("profile", "alpha", *COLUMNS), rows)
 
 
-COLUMNS = ("window threshold, logit", "text-FPR %", "WER change, points", "empty speech %")
+COLUMNS = (
+    "window threshold, logit",
+    "text-FPR %",
+    "WER change, points",
+    "empty speech %",
+    "clips",
+    "not heard",
+)
 
 
 def _cells(point: Point) -> tuple[object, ...]:
@@ -239,6 +291,8 @@ def _cells(point: Point) -> tuple[object, ...]:
         _with_span(f"{100 * point['text_fpr']:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"),
         _with_span(f"{100 * point['wer_rise']:+.2f}", f"up to {100 * up:+.2f}"),
         None if empty is None else f"{100 * empty:.2f}",
+        point.get("clips"),
+        point.get("unheard_clips"),
     )
 
 

@@ -247,7 +247,7 @@ def test_calibration_report_says_what_was_measured(tmp_path: Path) -> None:
     assert "tile good" in document and "does not keep the budget" not in document
     profiles = document[document.index("<h2>Profiles") : document.index("<h2>On the test split")]
     order = [profiles.index(name) for name in ("gentle", "balanced", "strict")]
-    assert order == sorted(order) and profiles.count("not measured") == 4  # gentle is no measured point
+    assert order == sorted(order) and profiles.count("not measured") == 6  # gentle is no measured point
     assert "3.0 <span class='ci'>[1.5, 3.6]</span>" in profiles
     assert "+0.04 <span class='ci'>up to +0.09</span>" in profiles
     assert "3.40 <span class='ci'>[2.00, 5.00]</span>" in document
@@ -272,6 +272,32 @@ def test_calibration_report_says_that_the_budget_is_exceeded(tmp_path: Path) -> 
     assert "tile bad" in document
     assert "Alpha 1 does not keep the budget on the validation split" in document
     assert "the upper end of its interval is +0.09 points" in document
+
+
+def test_calibration_report_judges_by_the_upper_end_on_the_test_split(tmp_path: Path) -> None:
+    test = {
+        "text_fpr": 0.034, "text_fpr_plain": 0.68,
+        "wer_rise": 0.0004, "wer_rise_lo": 0.0, "wer_rise_hi": 0.0021,
+        "wrongly_emptied": 0.01, "wrongly_emptied_lo": 0.0, "wrongly_emptied_hi": 0.025,
+        "counted_words": 1234, "counted_sets": ["speech", "speech_noisy"],
+    }  # fmt: skip
+    points = [{**one, "clips": 30, "nonspeech_clips": 10, "speech_clips": 20, "unheard_clips": 7}
+              for one in frontier()]  # fmt: skip
+    write_report(**arguments(tmp_path, test=test, frontier=points, notes=["Made without <SAEs>"]))
+    document = (tmp_path / "deep" / "c.html").read_text(encoding="utf-8")
+    check(document)
+    assert "tile bad" in document and "tile good" not in document  # +0.04 points, but up to +0.21
+    assert "±0 points to +0.21 points, budget +0.1 points" in document
+    assert "The upper end of the interval, +0.21 points, is above the budget" in document
+    assert "1.0 %" in document and "0.0 to 2.5 %" in document
+    assert "over the 1234 words of speech, speech_noisy;" in document
+    assert "Made without &lt;SAEs&gt;." in document.split("<details>")[0]
+    assert "of the same 10 clips of non-speech and 20 of speech" in document
+    assert document.count("<td class='n'>30</td><td class='n'>7</td>") == 6  # four points, two profiles
+    within = {**test, "wer_rise_hi": 0.0009}
+    write_report(**arguments(tmp_path, test=within))
+    document = (tmp_path / "deep" / "c.html").read_text(encoding="utf-8")
+    assert "tile good" in document and "is above the budget" not in document
 
 
 def test_chosen_point_is_nearest_to_alpha_one() -> None:

@@ -58,6 +58,23 @@ Work = Annotated[
     Path | None,
     typer.Option("--work", metavar="DIR", help="For labels and the fit, kept to go on. Default: FILE.work."),
 ]
+Language = Annotated[
+    str | None,
+    typer.Option(
+        "--language",
+        metavar="LANGUAGE",
+        help="What is spoken, a code or name as Whisper knows it (de, German). Default: English.",
+    ),
+]
+GateKind = Annotated[
+    str,
+    typer.Option(
+        "--gate-kind",
+        metavar="KIND",
+        help="Which gates may win: latents, raw (activations) or any; the one that leaves fewest words over "
+        "non-speech does.",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option("--layers", metavar="N,N,...", help="0-based layers, or 'all'. Default: at most 8, evenly."),
@@ -68,6 +85,21 @@ Finalists = Annotated[
 ]
 Screened = Annotated[
     int, typer.Option("--screened", min=1, help="Windows on which every edit is tried, of each kind.")
+]
+HeardClips = Annotated[
+    int, typer.Option("--heard", min=1, help="Recordings of speech on which such an edit is heard.")
+]
+Measured = Annotated[
+    int, typer.Option("--measured", min=0, help="Recordings on which the choice is measured; 0: all.")
+]
+Joined = Annotated[
+    int,
+    typer.Option(
+        "--joined", min=0, help="Recordings joined from speech and other sounds, to compare edits on."
+    ),
+]
+Frontier = Annotated[
+    int, typer.Option("--frontier", min=1, help="Recordings that may be heard at every other alpha.")
 ]
 
 
@@ -81,9 +113,15 @@ def calibrate(
     no_saes: NoSaes = False,
     work: Work = None,
     layers: Layers = None,
+    language: Language = None,
+    gate_kind: GateKind = "any",
     seed: Seed = 0,
     finalists: Finalists = 4,
     screened: Screened = 24,
+    heard: HeardClips = 240,
+    measured: Measured = 0,
+    joined: Joined = 60,
+    frontier: Frontier = 400,
     as_json: options.Json = False,
     model_dir: options.ModelDir = None,
 ) -> None:
@@ -101,15 +139,35 @@ def calibrate(
 
     from ..errors import UsageError
     from ..zoo import load_model
+    from . import decoding
     from .output import print_json
 
     if saes is not None and no_saes:
         raise UsageError("--saes and --no-saes contradict each other: give one")
+    code = decoding.language(language)
     settings = Settings(
-        Budget(wer_rise=wer_budget), Effort(screened=screened, finalists=finalists), seed=seed
+        Budget(wer_rise=wer_budget),
+        Effort(
+            screened=screened,
+            finalists=finalists,
+            heard=heard,
+            measured=measured,
+            joined=joined,
+            frontier=frontier,
+        ),
+        seed=seed,
+        gate_kind=gate_kind,
+        language=code or "en",
     )
-    splits = read_splits(nonspeech, speech, seed=seed)
     loaded = load_model(model, download_root=model_dir)
+    if not loaded.is_multilingual and settings.language != "en":
+        raise UsageError(f"--language {language}: the model {model} knows English alone, leave it out")
+    if loaded.is_multilingual and code is None:
+        print(
+            f"{model} knows many languages: English is taken (--language says what is spoken)",
+            file=sys.stderr,
+        )
+    splits = read_splits(nonspeech, speech, seed=seed, language=settings.language)
     wanted = default_layers(loaded) if layers is None else parse_layers(layers)
     chosen = _saes(loaded, model, saes, no_saes, wanted)
     done = run(loaded, splits, chosen, out, work=work, settings=settings)
@@ -128,7 +186,13 @@ def calibrate(
     if "wer" in test:
         print(
             f"test split: word error rate {100 * test['wer_plain']:.2f} % -> {100 * test['wer']:.2f} %, "
-            f"recordings of speech that came back empty {test['wrongly_emptied']:.2%}"
+            f"recordings of speech emptied wrongly {test['wrongly_emptied']:.2%} "
+            f"({test['wrongly_emptied_lo']:.2%} to {test['wrongly_emptied_hi']:.2%})"
+        )
+        print(
+            f"test split: change over the {test['counted_words']} words that the budget counts "
+            f"{100 * test['wer_rise']:+.2f} points ({100 * test['wer_rise_lo']:+.2f} to "
+            f"{100 * test['wer_rise_hi']:+.2f})"
         )
     print("profiles: " + ", ".join(f"{name} = alpha {alpha:g}" for name, alpha in found["profiles"].items()))
     for path in found["files"]:
