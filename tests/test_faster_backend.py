@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,36 @@ def test_the_command_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert INVENTED in captured.out and captured.err == "backend: faster (asked for)\n"
     assert main([*words, "--backend", "slower"]) == 2
     assert "--backend slower: expected one of openai, faster, transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vad", [None, "gate"])
+def test_calls_on_one_model_take_turns(vad: str | None) -> None:
+    """While one call is under way, others of another strength begin; nobody hears of anybody."""
+    shared = WhisperModel(str(mini_ct2()), alpha=0, **CPU)
+    heard: dict[str, Any] = {}
+
+    def call(name: str, sound: str, **options: Any) -> None:
+        try:
+            heard[name] = whisper_steer.transcribe(clip(sound), shared, **options)
+        except Exception as error:
+            heard[name] = error
+
+    others = [
+        threading.Thread(target=call, args=("plain", "noise"), kwargs={"alpha": 0}),
+        threading.Thread(target=call, args=("default", "noise"), kwargs={"vad": vad}),
+        threading.Thread(target=call, args=("half", "noise"), kwargs={"alpha": 0.5}),
+    ]
+
+    def begin(done: float, total: float) -> None:
+        for thread in others:
+            if thread.ident is None:
+                thread.start()
+                thread.join(0.3)
+
+    call("first", "speech", alpha=1, progress=begin, vad=vad)
+    for thread in others:
+        thread.join(60)
+    found = {name: (r.text.strip(), len(r.suppressed), r.alpha) for name, r in heard.items()}
+    assert found.pop("first")[0::2] == (SPOKEN.strip(), 1.0)
+    assert found == {"plain": (INVENTED, 0, 0.0), "default": ("", 1, 1.0), "half": ("", 1, 0.5)}
+    assert whisper_steer.handles_of(shared) == ()

@@ -37,13 +37,13 @@ _DEFAULT_OPTIONS = DecodingOptions()
 _BEGIN, _END = -2, -1  # keys of the encoder's own hooks; block hooks have their layer
 
 _guard = threading.Lock()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _registries: weakref.WeakKeyDictionary[nn.Module, Registry] = weakref.WeakKeyDictionary()
 
 
-def model_lock(model: nn.Module) -> threading.RLock:
-    """The re-entrant lock under which a model is decoded, steered and unsteered; the same for its whole
-    life."""
+def model_lock(model: Any) -> threading.RLock:
+    """The re-entrant lock under which a model of any runtime is decoded, steered and unsteered; the same for
+    its whole life."""
     with _guard:
         lock = _locks.get(model)
         if lock is None:

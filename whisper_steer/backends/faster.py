@@ -14,6 +14,7 @@ from ..audio import SAMPLING_RATE
 from ..ct2_encoder import plain_name
 from ..ct2_steering import SteeredWhisper
 from ..errors import ModelError, UsageError
+from ..registry import model_lock
 from ..withholding import collecting
 from .asked import Asked, at_work
 from .openai import option_names
@@ -112,7 +113,8 @@ class FasterBackend:
         arguments = _arguments(options)
         model = self.load()
         seconds, ours = len(audio) / SAMPLING_RATE, model is not self._given
-        with self._asked.steered(model, ours) as handles, collecting(model) as collector:
+        # to the last segment: they are decoded while they are walked through
+        with model_lock(model), self._asked.steered(model, ours) as handles, collecting(model) as collector:
             try:
                 found, info = model.transcribe(audio, **arguments)
                 segments: list[dict[str, Any]] = []

@@ -7,13 +7,12 @@ those of the whole recording. What is left out is reported like what is withheld
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..attach import Handle, steer
 from ..audio import SAMPLING_RATE
@@ -72,7 +71,7 @@ class StretchedBackend:
                 "clip_timestamps and vad both choose the parts to transcribe: leave one of them out"
             )
         model = self.load()
-        with self._alone(model), self._steered(model) as handles:
+        with model_lock(model), self._steered(model) as handles:
             handle = next((handle for handle in handles if handle.steering.gate), handles[0])
             duration = len(audio) / SAMPLING_RATE
             finding, writing = _in_turn(progress)
@@ -86,10 +85,6 @@ class StretchedBackend:
 
     def close(self) -> None:
         self._inner.close()
-
-    def _alone(self, model: Any) -> Any:
-        """The lock that other calls on the model wait for; faster-whisper's models need none."""
-        return model_lock(model) if isinstance(model, torch.nn.Module) else nullcontext()
 
     @contextmanager
     def _steered(self, model: Any) -> Iterator[tuple[Handle, ...]]:
