@@ -188,17 +188,17 @@ def test_encoder_output_is_that_of_the_hook(kind: str) -> None:
 
 def test_shifts_need_no_pytorch_encoder() -> None:
     model = WhisperModel(str(mini_ct2("int8")), steering=direction(), **CPU)
-    assert model.model._shifted is None  # nothing is loaded before it is needed
+    assert model.model._made.shifted is None  # nothing is loaded before it is needed
     model.encode(mel("speech"))
-    patched = model.model._shifted[1]
-    assert model.model._encoder is None and patched is not model.model.plain
+    patched = model.model._made.shifted[1]
+    assert model.model._made.encoder is None and patched is not model.model.plain
     model.encode(mel("speech"))
-    assert model.model._shifted[1] is patched  # the same alpha: nothing is loaded again
+    assert model.model._made.shifted[1] is patched  # the same alpha: nothing is loaded again
     model.alpha = 0
     model.encode(mel("speech"))
     model.alpha = 1.0
     model.encode(mel("speech"))
-    assert model.model._shifted[1] is patched
+    assert model.model._made.shifted[1] is patched
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int16", "int8"])
@@ -220,7 +220,7 @@ def test_unloading_and_loading_again() -> None:
     model = WhisperModel(str(mini_ct2("int8")), steering=direction(), **CPU)
     before = np.array(model.encode(mel("speech")))
     model.model.unload_model()
-    assert not model.model.model_is_loaded and model.model._shifted is None
+    assert not model.model.model_is_loaded and model.model._made.shifted is None
     model.model.load_model()
     assert model.model.model_is_loaded and np.array_equal(np.array(model.encode(mel("speech"))), before)
 
@@ -305,3 +305,51 @@ def test_files_are_searched_for_and_checked(
         whisper_steer.steer(plain, files=other)
     with pytest.raises(UsageError, match="files is for a faster-whisper model"):
         whisper_steer.steer(load_model("mini.en", device="cpu"), files=other)
+
+
+# ---------- segments that are walked through later
+
+
+def test_segments_stay_steered_behind_the_block(plain: Any) -> None:
+    pipeline = faster_whisper.BatchedInferencePipeline(plain)
+    before = list(plain.transcribe(clip("noise"))[0])
+    with whisper_steer.steer(pipeline, files=mini_ct2()) as handle:
+        one_by_one, _ = plain.transcribe(clip("noise"))
+        in_batches, _ = pipeline.transcribe(clip("noise"), vad_filter=False)
+    assert handle.withheld == [] and plain.transcribe(clip("noise"))[0] is not one_by_one
+    assert list(one_by_one) == list(in_batches) == []
+    assert [(record.start, record.end) for record in handle.withheld] == [(0.0, 8.0)] * 2
+    assert [asdict(s) for s in plain.transcribe(clip("noise"))[0]] == [asdict(s) for s in before] != []
+
+
+def test_segments_are_not_steered_by_what_comes_later() -> None:
+    model = WhisperModel(str(mini_ct2()), alpha=0, **CPU)
+    segments, _ = model.transcribe(clip("noise"))
+    with whisper_steer.steer(model):
+        assert text((segments, None)).strip() == INVENTED
+        assert text(model.transcribe(clip("noise"))) == ""
+    segments, _ = model.transcribe(clip("noise"))
+    model.alpha = 1.0  # but the model's own dial is live, also from plain on
+    assert list(segments) == [] and len(model.withheld) == 1
+
+
+# ---------- a pipeline sets the model's dial
+
+
+def test_a_pipeline_takes_alpha_and_steering() -> None:
+    model = WhisperModel(str(mini_ct2()), alpha=0, **CPU)
+    pipeline = BatchedInferencePipeline(model, alpha=0.8, steering=direction())
+    assert (model.alpha, pipeline.alpha) == (0.8, 0.8) and len(model.model.handles) == 1
+    assert pipeline.steering is model.steering is not None and pipeline.steering.gate is None
+    pipeline.steering = "default"
+    assert (pipeline.alpha, len(model.model.handles)) == (0.8, 1) and model.steering.gate is not None
+    assert text(pipeline.transcribe(clip("noise"), vad_filter=False)) == ""
+    with pytest.raises(MismatchError, match="d_model 64"):
+        pipeline.steering = Steering((Shift(0, torch.ones(64), 1.0),), None)
+    assert pipeline.alpha == 0.8 and model.steering.gate is not None
+    with pytest.raises(UsageError, match="both given"):
+        BatchedInferencePipeline(model, alpha=1, profile="strict")
+    other = BatchedInferencePipeline(WhisperModel(str(mini_ct2("int8")), alpha=0, **CPU))
+    with whisper_steer.steer(other), pytest.raises(UsageError, match="steered already"):
+        other.steering = direction()
+    assert other.steering is None

@@ -162,6 +162,15 @@ class _Encoded:
     edited: list[tuple[Stretch, ...]]
 
 
+@dataclass(eq=False)
+class _Made:
+    """What is made once for a model. shifted: what encodes with shifts, and with which; kept when alpha goes
+    to 0, where the plain model does. encoder: the one in PyTorch."""
+
+    shifted: tuple[tuple[Any, ...], ctranslate2.models.Whisper] | None = None
+    encoder: AudioEncoder | None = None
+
+
 class SteeredWhisper:
     """Stands in for a ctranslate2.models.Whisper; attributes that are not here are those of the model.
 
@@ -180,18 +189,29 @@ class SteeredWhisper:
         self.plain = plain
         self._to_text = to_text
         self._lock = threading.RLock()
-        # what encodes with shifts, and which; kept when alpha goes to 0, where the plain model does
-        self._shifted: tuple[tuple[Any, ...], ctranslate2.models.Whisper] | None = None
-        self._encoder: AudioEncoder | None = None
+        self._made = _Made()
+        self._bound: weakref.WeakSet[SteeredWhisper] = weakref.WeakSet()
         self._encoded: weakref.WeakKeyDictionary[Any, _Encoded] = weakref.WeakKeyDictionary()
 
-    def add(self, handle: Handle) -> None:
+    def add(self, handle: Handle, at_once: bool = False) -> None:
+        """at_once: also to the transcriptions that are under way."""
         with self._lock:
-            self.handles = (*self.handles, handle)
+            for steered in (self, *self._bound) if at_once else (self,):
+                steered.handles = (*steered.handles, handle)
 
     def remove(self, handle: Handle) -> None:
         with self._lock:
             self.handles = tuple(h for h in self.handles if h is not handle)
+
+    def bound(self) -> SteeredWhisper:
+        """The same with the handles of now for good, also when they are removed: for one transcription,
+        whose segments are decoded when they are asked for. A new alpha of a handle holds there, too."""
+        bound = SteeredWhisper.__new__(SteeredWhisper)
+        bound.__dict__.update(self.__dict__)  # one lock, one cache
+        with self._lock:
+            bound.handles = self.handles
+            self._bound.add(bound)
+        return bound
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "plain" not in self.__dict__:
@@ -265,7 +285,7 @@ class SteeredWhisper:
     def unload_model(self, to_cpu: bool = False) -> None:
         """As CTranslate2's; what only encodes is dropped, and made again when it is needed."""
         with self._lock:
-            self._shifted = self._encoder = None
+            self._made.shifted = self._made.encoder = None
         self.plain.unload_model(to_cpu)
 
     # ---------- what is behind them
@@ -280,10 +300,10 @@ class SteeredWhisper:
             return self.plain
         key = tuple((step.steering, step.alpha) for step in steps)
         with self._lock:
-            if self._shifted is None or not _same(self._shifted[0], key):
-                self._shifted = None  # its memory is used again
-                self._shifted = key, self.source.load_encoder(_additions(steps))
-            return self._shifted[1]
+            if self._made.shifted is None or not _same(self._made.shifted[0], key):
+                self._made.shifted = None  # its memory is used again
+                self._made.shifted = key, self.source.load_encoder(_additions(steps))
+            return self._made.shifted[1]
 
     def _encoded_features(self, features: ctranslate2.StorageView) -> ctranslate2.StorageView:
         """Mel features are encoded here, since CTranslate2 would do it unsteered."""
@@ -293,14 +313,14 @@ class SteeredWhisper:
     def _torch_encoder(self) -> tuple[AudioEncoder, torch.device]:
         """The encoder, made once, on CTranslate2's device if this PyTorch can use it."""
         with self._lock:
-            if self._encoder is None:
+            if self._made.encoder is None:
                 model = self.plain
                 encoder = load_encoder(self.source.model_bin)
                 if model.device == "cuda" and torch.cuda.is_available():
                     dtype = _dtype(str(model.compute_type))
                     encoder = encoder.to(torch.device("cuda", model.device_index[0]), dtype)
-                self._encoder = encoder
-            return self._encoder, self._encoder.conv1.weight.device
+                self._made.encoder = encoder
+            return self._made.encoder, self._made.encoder.conv1.weight.device
 
     def _withhold(self, verdict: Verdict, decoded: Any, options: dict[str, Any]) -> Any:
         run = _run.get()  # now: an asynchronous result may be asked for elsewhere

@@ -9,7 +9,8 @@
 
 How the encoder is edited: ct2_steering.py. Windows in which a gate finds nobody speaking give no segment, in
 sequence and in batches. `whisper_steer.steer` does the same to a faster_whisper.WhisperModel or pipeline that
-exists already.
+exists already. Segments, which are decoded while they are walked through, are steered by the handles of the
+call of `transcribe`, also behind the end of their `with` block.
 
 What is relied upon in faster-whisper (1.1 on): a model's `model` is the CTranslate2 model; windows are cut
 into segments by `_split_segments_by_timestamps(tokens=, time_offset=, segment_duration=, ...)`; times are put
@@ -36,6 +37,7 @@ from .ct2_search import find_folder
 from .ct2_steering import Ct2Source, NoTokens, SteeredWhisper, current_run, read_files
 from .errors import UsageError
 from .faster_segments import asked, transcribing, watched
+from .registry import model_lock
 from .steering import Steering
 from .withholding import Suppressed
 
@@ -100,8 +102,9 @@ class WhisperModel(faster_whisper.WhisperModel):
 
     def _attach(self, alpha: float, profile: str | None = None) -> None:
         resolved = _resolve(self.model.source, self._name, self._steering)
+        first = self._own is None
         self._own = Handle(self.model, resolved, alpha, self._decode_withheld, profile)
-        self.model.add(self._own)
+        self.model.add(self._own, at_once=first)
 
     def _handle(self) -> Handle | None:
         return self._own or next(iter(handles_of(self)), None)
@@ -139,9 +142,24 @@ class WhisperModel(faster_whisper.WhisperModel):
 
     @property
     def steering(self) -> Steering | None:
-        """What the model is steered with; None while none was needed."""
+        """What the model is steered with; None while none was needed. Setting takes what `steering=` takes,
+        and leaves alpha as it is; raises UsageError (steered by `steer`), MismatchError, FormatError."""
         handle = self._handle()
         return None if handle is None else handle.steering
+
+    @steering.setter
+    def steering(self, value: Steering | str | Path | None) -> None:
+        handle, own = self._handle(), self._own
+        if handle is not own:
+            raise UsageError(f"the model is steered already ({handle!r}): handle.remove() first")
+        before, self._steering = self._steering, value
+        try:
+            self._attach(self.alpha)
+        except BaseException:
+            self._steering = before
+            raise
+        if own is not None:
+            self.model.remove(own)
 
     @property
     def withheld(self) -> list[Suppressed]:
@@ -176,7 +194,35 @@ class WhisperModel(faster_whisper.WhisperModel):
 
 
 class BatchedInferencePipeline(faster_whisper.BatchedInferencePipeline):
-    """faster_whisper.BatchedInferencePipeline; steered as its model is. Withheld windows give no segment."""
+    """faster_whisper.BatchedInferencePipeline; steered as its model is. Withheld windows give no segment.
+
+    alpha, profile, steering: those of the model, which they change; a faster_whisper.WhisperModel is steered
+    from then on, by alpha 1 if steering alone is given. Raises what `whisper_steer.steer` raises.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *args: Any,
+        alpha: float | None = None,
+        profile: str | None = None,
+        steering: Steering | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        strength = check_strength(alpha, profile)
+        super().__init__(model, *args, **kwargs)
+        if alpha is None and profile is None and steering is None:
+            return
+        if not isinstance(model, WhisperModel):
+            if strength > 0 or steering is not None:
+                steer_existing(self, strength, profile, steering, False, None)
+            return
+        if steering is not None:
+            model.steering = steering
+        if profile is not None:
+            model.profile = profile
+        elif alpha is not None:
+            model.alpha = alpha
 
     @property
     def alpha(self) -> float:
@@ -196,6 +242,16 @@ class BatchedInferencePipeline(faster_whisper.BatchedInferencePipeline):
     @profile.setter
     def profile(self, name: str) -> None:
         self.model.profile = name
+
+    @property
+    def steering(self) -> Steering | None:
+        """That of the model; setting it changes the model's."""
+        steering: Steering | None = self.model.steering
+        return steering
+
+    @steering.setter
+    def steering(self, value: Steering | str | Path | None) -> None:
+        self.model.steering = value
 
     @property
     def withheld(self) -> list[Suppressed]:
@@ -229,9 +285,15 @@ class _Dressed(SteeredWhisper):
             self._wearers.append((weakref.ref(wearer), plain, steered))
 
     def remove(self, handle: Handle) -> None:
-        super().remove(handle)
         whisper = self._whisper()
-        if self.handles or whisper is None or whisper.model is not self:
+        if whisper is None:
+            return super().remove(handle)
+        with model_lock(whisper):  # not while another thread puts a handle on it
+            super().remove(handle)
+            self._undress(whisper)
+
+    def _undress(self, whisper: Any) -> None:
+        if self.handles or whisper.model is not self:
             return
         whisper.model = self.plain
         for reference, plain, steered in self._wearers:
@@ -261,6 +323,19 @@ def steer_existing(
     """
     pipeline = model if isinstance(model, _Pipeline) else None
     whisper = model if pipeline is None else pipeline.model
+    with model_lock(whisper):
+        return _steer(whisper, pipeline, alpha, profile, steering, decode_withheld, files)
+
+
+def _steer(
+    whisper: Any,
+    pipeline: Any,
+    alpha: float,
+    profile: str | None,
+    steering: Steering | str | Path | None,
+    decode_withheld: bool,
+    files: str | Path | None,
+) -> Handle:
     if isinstance(whisper.model, SteeredWhisper):
         if files is not None:
             raise UsageError("files is for a model that is not steered yet: this one's are known")

@@ -3,6 +3,7 @@ that its times are treated as theirs are, and is taken out there and recorded.""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from .ct2_steering import Run, Withheld
+from .ct2_steering import Run, SteeredWhisper, Withheld
 from .withholding import Collector, active_collector
 
 # is the call inside a `transcribe` of ours, which takes the withheld windows out again?
@@ -52,17 +53,32 @@ class _Passing:
 
 
 def transcribing(original: Callable[..., Any]) -> Any:
-    """`transcribe` of a model or pipeline, less the withheld windows, which are recorded."""
+    """`transcribe` of a model or pipeline, less the withheld windows, which are recorded. Its segments are
+    decoded when they are asked for, steered by the handles of the call."""
 
     def transcribe(self: Any, *args: Any, **kwargs: Any) -> Any:
         token = asked.set(True)
         try:
-            segments, info = original(self, *args, **kwargs)
+            segments, info = original(_bound(self), *args, **kwargs)
         finally:
             asked.reset(token)
         return _spoken(segments, self), info
 
     return _Passing(transcribe, original)
+
+
+def _bound(owner: Any) -> Any:
+    """The model or pipeline as it is steered now, whatever is put on it or taken off later."""
+    inner = getattr(owner, "model", None)
+    if isinstance(inner, SteeredWhisper):
+        inner = inner.bound()
+    elif isinstance(getattr(inner, "model", None), SteeredWhisper):
+        inner = _bound(inner)
+    else:  # a pipeline around a model that is not steered
+        return owner
+    owner = copy.copy(owner)
+    owner.model = inner
+    return owner
 
 
 def _spoken(segments: Iterator[Any], owner: Any) -> Iterator[Any]:
