@@ -184,6 +184,11 @@ def training_clips(
     return clips
 
 
+def is_synthetic(clip: TrainingClip) -> bool:
+    """Is it made from the synthetic corpus?"""
+    return clip.id.startswith(_CORPUS)
+
+
 def some_over_telephone(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
     """All clean real speech, which is scarce and varied, and every second of the other clips as they are
     heard at the other end of a telephone line."""
@@ -198,7 +203,7 @@ def some_altered(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingC
     sounds = [
         clip
         for clip in clips
-        if clip.kind == "nonspeech" and clip.condition != TELEPHONE and not clip.id.startswith(_CORPUS)
+        if clip.kind == "nonspeech" and clip.condition != TELEPHONE and not is_synthetic(clip)
     ]
     people = [clip for clip in clips if clip.kind == "real_speech" and clip.condition == "clean"]
     return [_altered(clip, sounds, seed) for clip in (*sounds, *people)]

@@ -1,14 +1,17 @@
-"""Fits a gate's window and sound probes: what the window as a whole says, beside its frame most like speech.
+"""Fits what a gate reads of windows as a whole, beside their frame most like speech.
 
-A logistic regression on the streams of the gate's layers, averaged over the window by how likely each frame
-is speech (`whisper_steer.gate.likely_speech`) and over all that is not padding (`mean_of_sound`), tells
-windows in which somebody speaks from the others. It is fitted on the training clips that gave the gate, in
-all their conditions, on altered copies of the real ones (`some_altered`), and on the calibration clips: where
-it errs is on recordings of sources that it has not met. So that calibration clips can also choose how strong
-its regularisation is and what it weighs beside the frames, and set the threshold, each is judged by probes
-that were fitted without it and without its group (cross-fitting): of a real recording its speaker or source;
-a synthetic one is a group of its own, whose voice the training clips have. Voices that nothing is trained on
-(`UNTAUGHT`) teach nothing here either: the test split speaks with them, too.
+Pools of the streams of the gate's layers (`whisper_steer.gate.pooled_windows`) tell windows in which somebody
+speaks from the others: the mean over the window by how likely each frame is speech, the mean over all that is
+not padding, and the standard deviation over that (speech comes and goes, most noise does not). Two fits
+compete: a logistic regression on both means (window and sound probes), and a support vector machine on all
+three (`whisper_steer.window_kernel`), which costs more bytes. Both are fitted on the training clips that gave
+the gate, in all their conditions (of the synthetic ones, which are plenty and alike, every third), on
+altered copies of the real ones (`some_altered`), and on the calibration clips: where they err is on
+recordings of sources that they have not met. So that calibration clips can also choose how strong the
+regularisation is and what the fit weighs beside the frames, and set the threshold, each is judged by a fit
+without it and without its group (cross-fitting): of a real recording its speaker or source; a synthetic one
+is a group of its own, whose voice the training clips have. Voices that nothing is trained on (`UNTAUGHT`)
+teach nothing here either: the test split speaks with them, too.
 """
 
 from __future__ import annotations
@@ -16,14 +19,18 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,11 +39,12 @@ from calibration.export import write_whole
 from calibration.gate_fit import SPEECH
 from calibration.refit import UNTAUGHT, deal_folds
 from calibration.selection import Budget, CalibrationClip, GateChoice, smoothed, window_choice
-from calibration.training_clips import TrainingClip, some_altered
+from calibration.training_clips import TrainingClip, is_synthetic, some_altered
 from whisper_steer.errors import UsageError
-from whisper_steer.gate import Gate, likely_speech, mean_of_sound
+from whisper_steer.gate import Gate, pooled_windows
 from whisper_steer.passing import padding_frames
 from whisper_steer.probe import Probe
+from whisper_steer.window_kernel import WindowKernel
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -46,7 +54,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("whisper_steer")
 
 REGULARISATIONS = (0.3, 1.0, 3.0)  # C of the regression
-SHARES = (1.0, 2.0, 0.5)  # what the window probes may weigh beside the frames
+SHARES = (1.0, 2.0, 0.5)  # what the window probes, or the kernel, may weigh beside the frames
+COMPONENTS = 128  # of the standardised pools: what a kernel compares
+WIDTHS = (1.0, 2.0)  # gamma of a kernel, in units of one over the number of pooled features
+PENALTY = 10.0  # C of the support vector machine
+_FLAT = 1e-4  # of the widest: what varies less than this counts as so wide, for one over it must fit a half
+_EVERY = 3  # of the synthetic training clips one in so many teaches
 _BATCH = 16
 
 
@@ -55,7 +68,7 @@ class WindowSample:
     """Windows as window probes read them.
 
     Attributes:
-        x: (windows, 2 * layers, d_model) float32, `likely_speech` of the gate's layers, then `mean_of_sound`.
+        x: (windows, 3 * layers, d_model) float32 in half precision: `pooled_windows` of the gate's layers.
         nobody: (windows,) bool: nobody speaks.
     """
 
@@ -75,7 +88,7 @@ def training_windows(
 
     cache: a file that keeps the result for the same gate and clips.
     """
-    read = ["likely speech, sound", repr(gate.layers), str(gate.smooth)]
+    read = ["pooled windows", repr(gate.layers), str(gate.smooth)]
     key = hashlib.sha256("\n".join([*read, *(clip.id for clip in clips)]).encode())
     for probe in gate.probes:
         key.update(probe.coef.numpy().tobytes())
@@ -83,7 +96,7 @@ def training_windows(
     if cache is not None and cache.is_file():
         with np.load(cache, allow_pickle=False) as kept:
             if np.array_equal(kept["key"], name):
-                return WindowSample(kept["x"], kept["nobody"])
+                return WindowSample(kept["x"].astype(np.float32), kept["nobody"])
     nobody: list[bool] = []
 
     def windows() -> Iterable[tuple[Tensor, None]]:
@@ -97,7 +110,7 @@ def training_windows(
     sample = WindowSample(_read(model, gate, windows()), np.array(nobody))
     if cache is not None:
         buffer = io.BytesIO()
-        np.savez(buffer, key=name, x=sample.x, nobody=sample.nobody)
+        np.savez(buffer, key=name, x=sample.x.astype(np.float16), nobody=sample.nobody)
         write_whole(cache, buffer.getvalue())
     return sample
 
@@ -111,7 +124,7 @@ def calibration_windows(
     *,
     progress: bool = True,
 ) -> np.ndarray:
-    """(rows, 2 * layers, d_model) float32: the clips' windows as a `WindowSample` has them; zeros in rows
+    """(rows, 3 * layers, d_model) float32: the clips' windows as a `WindowSample` has them; zeros in rows
     that no clip has.
 
     gate: its smoothing counts. logits: (rows, frames) its unsmoothed frame logits.
@@ -132,7 +145,7 @@ def calibration_windows(
 
 
 def _read(model: Whisper, gate: Gate, windows: Iterable[tuple[Tensor, np.ndarray | None]]) -> np.ndarray:
-    """(windows, 2 * layers, d_model) from mels, each with its frame logits; None: the gate's own."""
+    """(windows, 3 * layers, d_model) from mels, each with its frame logits; None: the gate's own."""
     layers = list(gate.layers)
     found: list[np.ndarray] = []
     waiting: list[tuple[Tensor, np.ndarray | None]] = []
@@ -146,10 +159,8 @@ def _read(model: Whisper, gate: Gate, windows: Iterable[tuple[Tensor, np.ndarray
             if known is not None:
                 frame_logits[i] = torch.from_numpy(known)
         padding = padding_frames(mels.to(streams.device))
-        means = [likely_speech(frame_logits, x) for x in streams] + [
-            mean_of_sound(x, padding) for x in streams
-        ]
-        found.append(torch.stack(means, dim=1).cpu().numpy())
+        # rounded as they are kept, so that a run that goes on comes to the same
+        found.append(pooled_windows(frame_logits, list(streams), padding).half().float().cpu().numpy())
         waiting.clear()
 
     for window in windows:
@@ -177,24 +188,56 @@ def fit_probes(sample: WindowSample, layers: Sequence[int], c: float) -> tuple[t
     return probes, float(regression.intercept_[0])
 
 
-def cross_fitted(
+def fit_kernel(sample: WindowSample, layers: Sequence[int], width: float, seed: int = 0) -> WindowKernel:
+    """A support vector machine on the principal components of the standardised pools, both classes weighing
+    the same; its logit is the distance from the margin, in units of the margin.
+
+    sample: of all pools of `layers`. Projection and landmarks are rounded to half precision, in which they
+    are kept.
+    """
+    flat = sample.x.reshape(len(sample.x), -1).astype(np.float64)
+    mean, std = flat.mean(axis=0), flat.std(axis=0)
+    std = np.maximum(std, max(_FLAT * std.max(), _FLAT))
+    standard = (flat - mean) / std
+    count = min(COMPONENTS, *standard.shape)
+    components = PCA(count, svd_solver="randomized", random_state=seed).fit(standard).components_
+    projection = (components / std).astype(np.float16).astype(np.float64)
+    z = ((flat - mean) @ projection.T).astype(np.float16).astype(np.float64)
+    gamma = width / flat.shape[1]
+    machine = SVC(C=PENALTY, gamma=gamma, class_weight="balanced", cache_size=1000).fit(z, sample.nobody)
+    return WindowKernel(
+        layers=tuple(layers),
+        projection=torch.from_numpy(projection),
+        offset=torch.from_numpy(projection @ mean),
+        landmarks=torch.from_numpy(machine.support_vectors_),
+        weights=torch.from_numpy(machine.dual_coef_[0]),
+        gamma=gamma,
+        intercept=float(machine.intercept_[0]),
+    )
+
+
+def scaled(kernel: WindowKernel, slope: float, start: float) -> WindowKernel:
+    """The kernel whose logits are slope times as large, plus start."""
+    return replace(kernel, weights=slope * kernel.weights, intercept=slope * kernel.intercept + start)
+
+
+def out_of_fold(
     sample: WindowSample,
     own: WindowSample,
     usable: np.ndarray,
     folds: np.ndarray,
-    layers: Sequence[int],
-    c: float,
-) -> tuple[tuple[Probe, ...], float, np.ndarray]:
-    """(probes and intercept fitted on sample and the usable part of own, (len(own),) what probes that were
-    fitted without a window's fold say of it).
+    fit: Callable[[WindowSample], Callable[[np.ndarray], np.ndarray]],
+) -> np.ndarray:
+    """(len(own),): what fits on sample and the usable part of own without a window's fold say of it.
 
     usable: (len(own),) bool, the others are judged but nothing is fitted on them. folds: (len(own),) int.
+    fit: sample -> (windows, pools, d_model) -> (windows,).
     """
     said = np.zeros(len(own.x))
     for fold in np.unique(folds):
         mine = folds == fold
-        said[mine] = _said(*fit_probes(_joined(sample, own, usable & ~mine), layers, c), own.x[mine])
-    return (*fit_probes(_joined(sample, own, usable), layers, c), said)
+        said[mine] = fit(_joined(sample, own, usable & ~mine))(own.x[mine])
+    return said
 
 
 def _joined(sample: WindowSample, own: WindowSample, chosen: np.ndarray) -> WindowSample:
@@ -224,7 +267,7 @@ def with_window_probes(
     `training_windows`. Where all calibration clips of a kind are of one group, nothing is fitted on them.
     """
     gate = choice.gate
-    taught = [*training, *some_altered(training)]
+    taught = [clip for clip in (*training, *some_altered(training)) if _teaches(clip)]
     sample = training_windows(model, gate, taught, cache=cache, progress=progress)
     x = calibration_windows(model, gate, logits, clips, sources, progress=progress)
     nobody, spoken = _kinds(clips, targets)
@@ -233,28 +276,80 @@ def with_window_probes(
     for clip in clips:
         if clip.set in UNTAUGHT:
             usable[list(clip.rows)] = False
-    layers = (*gate.layers, *gate.layers)
-    fits = {c: cross_fitted(sample, own, usable, folds, layers, c) for c in REGULARISATIONS}
-    losses = {c: _loss(said[nobody], said[spoken]) for c, (_, _, said) in fits.items()}
-    c = min(losses, key=lambda one: losses[one])
-    probes, intercept, said = fits[c]
+    whole = _joined(sample, own, usable)
+    found: list[tuple[dict[str, float], Gate, np.ndarray]] = []
+    probes, probes_said, c = _best_probes(gate, sample, own, usable, folds, spoken)
+    found += [
+        ({"window_share": share, "window_c": c}, probes(share), share * probes_said) for share in SHARES
+    ]
+    known = nobody | spoken
+    for width in WIDTHS:
+
+        def fit(part: WindowSample, width: float = width) -> Callable[[np.ndarray], np.ndarray]:
+            kernel = fit_kernel(part, gate.layers, width)
+            return lambda x: np.asarray(kernel.logits(torch.from_numpy(x)).double())
+
+        said = out_of_fold(sample, own, usable, folds, fit)
+        slope, start = _as_logit(said[known], nobody[known])
+        kernel = scaled(fit_kernel(whole, gate.layers, width), slope, start)
+        for share in SHARES:
+            with_kernel = replace(gate, kernel=kernel, kernel_share=share)
+            row = {"kernel_share": share, "kernel_width": width, "landmarks": float(len(kernel.weights))}
+            found.append((row, with_kernel, share * (slope * said + start)))
     best = choice
     table = list(choice.table)
-    for share in SHARES:
-        weighed = tuple(replace(probe, coef=share * probe.coef) for probe in probes)
-        whole = replace(
-            gate,
-            window_probes=weighed[: len(gate.layers)],
-            sound_probes=weighed[len(gate.layers) :],
-            window_intercept=share * intercept,
-        )
-        tried = window_choice(choice.name, whole, choice.window_logits + share * said, clips, budget)
-        table += [{**row, "window_share": share, "window_c": c} for row in tried.table]
+    for row, with_more, more in found:
+        tried = window_choice(choice.name, with_more, choice.window_logits + more, clips, budget)
+        table += [{**measured, **row} for measured in tried.table]
         if tried.over_budgets < best.over_budgets:
             best = tried
     before, after = choice.over_budgets[0], best.over_budgets[0]
-    logger.info("window probes: text-FPR over budgets %.4f -> %.4f", before, after)
+    logger.info("windows as a whole: text-FPR over budgets %.4f -> %.4f", before, after)
     return replace(best, table=tuple(table))
+
+
+def _teaches(clip: TrainingClip) -> bool:
+    return not is_synthetic(clip) or zlib.crc32(clip.id.encode()) % _EVERY == 0
+
+
+def _best_probes(
+    gate: Gate,
+    sample: WindowSample,
+    own: WindowSample,
+    usable: np.ndarray,
+    folds: np.ndarray,
+    spoken: np.ndarray,
+) -> tuple[Callable[[float], Gate], np.ndarray, float]:
+    """(share -> the gate with window and sound probes, what they say out of fold, their C)."""
+    layers, count = (*gate.layers, *gate.layers), len(gate.layers)
+
+    def means(part: WindowSample) -> WindowSample:
+        return WindowSample(part.x[:, : 2 * count], part.nobody)
+
+    def fit(part: WindowSample, c: float) -> Callable[[np.ndarray], np.ndarray]:
+        probes, intercept = fit_probes(means(part), layers, c)
+        return lambda x: _said(probes, intercept, x[:, : 2 * count])
+
+    said = {c: out_of_fold(sample, own, usable, folds, partial(fit, c=c)) for c in REGULARISATIONS}
+    c = min(said, key=lambda one: _loss(said[one][own.nobody], said[one][spoken]))
+    probes, intercept = fit_probes(means(_joined(sample, own, usable)), layers, c)
+
+    def weighed(share: float) -> Gate:
+        scaled_ = tuple(replace(probe, coef=share * probe.coef) for probe in probes)
+        return replace(
+            gate,
+            window_probes=scaled_[:count],
+            sound_probes=scaled_[count:],
+            window_intercept=share * intercept,
+        )
+
+    return weighed, said[c], c
+
+
+def _as_logit(said: np.ndarray, nobody: np.ndarray) -> tuple[float, float]:
+    """(slope, start) of Platt's scaling: slope * said + start is the logit; both classes weigh the same."""
+    regression = LogisticRegression(C=1e3, class_weight="balanced").fit(said[:, None], nobody)
+    return float(regression.coef_[0, 0]), float(regression.intercept_[0])
 
 
 def _kinds(clips: Sequence[CalibrationClip], targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,10 @@ from calibration.selection import Budget, choose_gate
 from calibration.training_clips import TrainingClip
 from calibration.window_fit import (
     WindowSample,
-    cross_fitted,
+    fit_kernel,
     fit_probes,
+    out_of_fold,
+    scaled,
     training_windows,
     with_window_probes,
 )
@@ -52,12 +54,14 @@ def test_training_windows_are_read_as_the_gate_will(tmp_path):
     assert sample.nobody.tolist() == [False] * 3 + [True] * 3  # where nobody is found to speak, not taken
     streams = encode_windows(model, window_mels(clips[4].make()[0], model.dims.n_mels)[:1], [0, 1])
     logits = mine.frame_logits(dict(enumerate(streams)))
-    assert sample.x.shape == (6, 4, 32)
+    assert sample.x.shape == (6, 6, 32)
     for layer in (0, 1):
         expected = likely_speech(logits, streams[layer])[0].numpy()
-        np.testing.assert_allclose(sample.x[4, layer], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sample.x[4, layer], expected, rtol=1e-3, atol=1e-4)  # half precision
         sounding = streams[layer][0, :50].mean(dim=0).numpy()  # of one second
-        np.testing.assert_allclose(sample.x[4, 2 + layer], sounding, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sample.x[4, 2 + layer], sounding, rtol=1e-3, atol=1e-4)
+        spread = streams[layer][0, :50].numpy().std(axis=0)
+        np.testing.assert_allclose(sample.x[4, 4 + layer], spread, rtol=1e-3, atol=1e-4)
 
     def never():
         raise AssertionError("it was kept")
@@ -84,26 +88,86 @@ def test_probes_are_the_regressions():
     np.testing.assert_allclose(said.numpy(), expected.decision_function(flat), rtol=1e-3, atol=1e-3)
 
 
-def test_a_window_is_judged_by_probes_that_did_not_see_its_fold():
+def test_a_window_is_judged_by_fits_that_did_not_see_its_fold():
     rng = np.random.default_rng(2)
     nobody = np.arange(40) % 2 == 0
     x = (rng.normal(size=(40, 1, 3)) + nobody[:, None, None]).astype(np.float32)
     sample, own = WindowSample(x[:20], nobody[:20]), WindowSample(x[20:], nobody[20:])
     folds, usable = np.arange(20) // 2 % 3, np.arange(20) != 5
-    probes, intercept, said = cross_fitted(sample, own, usable, folds, (2,), 1.0)
-    everything = np.r_[np.ones(20, bool), usable]
-    expected, expected_intercept = fit_probes(WindowSample(x[everything], nobody[everything]), (2,), 1.0)
-    assert torch.equal(probes[0].coef, expected[0].coef) and intercept == expected_intercept
+
+    def fit(part):
+        (probe,), start = fit_probes(part, (2,), 1.0)
+        return lambda x: probe.logits(torch.from_numpy(x[:, 0])).numpy() + start
+
+    said = out_of_fold(sample, own, usable, folds, fit)
     for fold in range(3):
         rest = np.r_[np.ones(20, bool), usable & (folds != fold)]
-        (probe,), start = fit_probes(WindowSample(x[rest], nobody[rest]), (2,), 1.0)
-        judged = probe.logits(torch.from_numpy(own.x[:, 0])) + start
-        np.testing.assert_allclose(said[folds == fold], judged.numpy()[folds == fold], rtol=1e-5, atol=1e-5)
+        judged = fit(WindowSample(x[rest], nobody[rest]))(own.x)
+        np.testing.assert_allclose(said[folds == fold], judged[folds == fold], rtol=1e-5, atol=1e-5)
+
+
+def _rings(count, seed):
+    """(count, 3, 2): what no line tells apart, one class around the other in one pool, noise in the rest."""
+    rng = np.random.default_rng(seed)
+    nobody = np.arange(count) % 2 == 0
+    angle, radius = rng.uniform(0, 2 * np.pi, count), np.where(nobody, 1.0, 3.0)
+    x = rng.normal(0, 0.1, (count, 3, 2)).astype(np.float32)
+    x[:, 2] = (radius * np.stack([np.cos(angle), np.sin(angle)])).T + 7.0
+    return WindowSample(x, nobody)
+
+
+def test_the_kernel_is_the_support_vector_machine_s():
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    sample, other = _rings(120, 0), _rings(60, 1)
+    kernel = fit_kernel(sample, (3,), 2.0)
+    assert kernel.layers == (3,) and kernel.d_model == 2 and kernel.projection.shape == (6, 6)
+    assert kernel.gamma == pytest.approx(2 / 6)
+    scaler = StandardScaler().fit(sample.x.reshape(120, 6))  # all components are kept: distances stay
+    machine = SVC(C=10, gamma=2 / 6, class_weight="balanced")
+    machine.fit(scaler.transform(sample.x.reshape(120, 6)), sample.nobody)
+    expected = machine.decision_function(scaler.transform(other.x.reshape(60, 6)))
+    said = kernel.logits(torch.from_numpy(other.x)).numpy()
+    np.testing.assert_allclose(said, expected, atol=0.02)  # rounded to half precision, and the machine's own
+    assert ((said > 0) == other.nobody).mean() > 0.95
+    for rounded in (kernel.projection, kernel.landmarks):
+        assert torch.equal(rounded.half().float(), rounded)
+    half = scaled(kernel, 0.5, 1.0).logits(torch.from_numpy(other.x)).numpy()
+    np.testing.assert_allclose(half, 0.5 * said + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_wins_where_no_line_tells_windows_apart(monkeypatch):
+    """Frames that say nothing, and rings: the probes' two pools say nothing, the kernel's third all."""
+    clips = calibration(30)
+    logits = np.repeat(np.random.default_rng(1).normal(0, 0.1, (60, 1)), 50, axis=1).astype(np.float32)
+    nobody = np.arange(60) >= 30
+    choice = choose_gate({"g": gate()}, {"g": logits}, clips, Budget(), smoothings=(1,))
+    rings = _rings(60, 5)
+    own = np.concatenate([rings.x[~rings.nobody], rings.x[rings.nobody]])
+    monkeypatch.setattr(window_fit, "training_windows", lambda *args, **options: _rings(200, 4))
+    monkeypatch.setattr(window_fit, "calibration_windows", lambda *args, **options: own)
+    targets = np.where(nobody, NOBODY, SPEECH)[:, None].repeat(50, axis=1)
+    sources = {
+        (c.set, c.id): SimpleNamespace(id=c.id, kind="speech" if c.is_speech else "nonspeech", group=c.id)
+        for c in clips
+    }
+    after = with_window_probes(
+        None, choice, logits, targets, clips, sources, [], Budget(), progress=False
+    )
+    assert choice.result.text_fpr > 0.9 and after.result.text_fpr < 0.2
+    assert after.gate.kernel is not None and not after.gate.window_probes
+    tried = [row for row in after.table if "kernel_share" in row]
+    assert len(tried) == 6 and {row["kernel_width"] for row in tried} == {1.0, 2.0}
+    # the scaled decision is a logit: of the clips it speaks for, about as many are one as it says
+    said = after.gate.kernel.logits(torch.from_numpy(own)).sigmoid().numpy()
+    assert said[nobody].mean() > 0.9 and said[~nobody].mean() < 0.1
 
 
 def _of_width_two(signal, place=0):
-    """(20, 2, 2): the signal in one feature of `likely_speech`; `mean_of_sound` says nothing."""
-    x = np.zeros((len(signal), 2, 2), np.float32)
+    """(20, 3, 2): the signal in one feature of `likely_speech`; `mean_of_sound` and `spread_of_sound` say
+    nothing."""
+    x = np.zeros((len(signal), 3, 2), np.float32)
     x[:, 0, place] = signal
     return x
 
@@ -138,7 +202,7 @@ def test_window_probes_are_taken_where_they_help(monkeypatch):
     before, after = chosen_with(monkeypatch, np.where(np.arange(20) >= 10, 3.0, -3.0))
     assert after.result.text_fpr == 0 and after.result.wer == 0 and len(after.gate.window_probes) == 1
     assert after.gate.threshold == after.result.threshold and after.over_budgets < before.over_budgets
-    assert [row.get("window_share") for row in after.table] == [None, 1.0, 2.0, 0.5]
+    assert [row.get("window_share") for row in after.table[:4]] == [None, 1.0, 2.0, 0.5]
     probe = after.gate.window_probes[0]
     share = next(row["window_share"] for row in after.table if row["threshold"] == after.result.threshold)
     said = probe.logits(torch.tensor([[3.0, 0.0], [-3.0, 0.0]])) + after.gate.window_intercept
@@ -175,4 +239,4 @@ def test_of_one_group_nothing_can_be_learnt(monkeypatch, caplog):
 def test_window_probes_that_say_nothing_are_left_out(monkeypatch):
     before, after = chosen_with(monkeypatch, np.zeros(20))
     assert after.gate is before.gate and after.result == before.result
-    assert len(after.table) == 4
+    assert len(after.table) == 1 + 3 + 2 * 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .errors import UsageError
 from .plaindata import set_int, set_number
 from .probe import Probe
+from .window_kernel import WindowKernel
 
 # a frame this surely spoken is not touched at all, so that clear speech stays bit-identical
 MIN_FRAME_GATE = 0.01
@@ -29,8 +30,9 @@ class Gate:
     small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
     window_probes, sound_probes: read the window as a whole: raw activations of some of the gate's layers,
     averaged over its frames by how likely each is speech (softmax of minus the frame logits), and evenly over
-    the frames before the padding; their logits and window_intercept are added to the window's. Without
-    any, the frame most like speech decides alone.
+    the frames before the padding; their logits and window_intercept are added to the window's.
+    kernel: reads both averages and the standard deviation over the frames before the padding; its logit,
+    kernel_share times, is added, too. Without any of these, the frame most like speech decides alone.
     min_run: the per-frame gate stays shut in stretches of fewer frames than this: a pause inside a sentence
     is speech. margin: it also stays shut for so many frames beside what it took for speech, whose onsets and
     ends are soft.
@@ -48,6 +50,8 @@ class Gate:
     window_probes: tuple[Probe, ...] = ()
     window_intercept: float = 0.0
     sound_probes: tuple[Probe, ...] = ()
+    kernel: WindowKernel | None = None
+    kernel_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in PROBES:
@@ -62,10 +66,14 @@ class Gate:
                 )
             if name != "probes" and any(probe.kind != "raw" for probe in probes):
                 raise UsageError(f"gate has a {what[:-1]} on latents: expected kind 'raw'")
-        if len({probe.d_model for name in PROBES for probe in getattr(self, name)}) > 1:
+        if self.kernel and (extra := [layer for layer in self.kernel.layers if layer not in self.layers]):
+            raise UsageError(f"gate has a kernel on layer {extra[0]}: expected some of {self.layers}")
+        widths = {probe.d_model for name in PROBES for probe in getattr(self, name)}
+        if len(widths | ({self.kernel.d_model} if self.kernel else set())) > 1:
             raise UsageError("gate has probes of different d_model: expected those of one model")
         for name in ("intercept", "threshold", "spread", "frame_scale", "frame_bias", "window_intercept"):
             set_number(self, name)
+        set_number(self, "kernel_share")
         if self.spread < 0:
             raise UsageError(f"gate has spread {self.spread}: expected a number >= 0")
         set_int(self, "smooth", 1)
@@ -125,7 +133,13 @@ class Gate:
     @property
     def window_layers(self) -> tuple[int, ...]:
         """Layers whose streams `window_logit` needs, ascending."""
-        return tuple(sorted({probe.layer for probe in (*self.window_probes, *self.sound_probes)}))
+        read = {probe.layer for probe in (*self.window_probes, *self.sound_probes)}
+        return tuple(sorted(read.union(self.kernel.layers if self.kernel else ())))
+
+    @property
+    def needs_padding(self) -> bool:
+        """Must `window_logit` be told where the padding is?"""
+        return bool(self.sound_probes or self.kernel)
 
     def window_logit(
         self,
@@ -133,8 +147,8 @@ class Gate:
         streams: Mapping[int, Tensor] | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides; with window and
-        sound probes, plus what they say.
+        """(batch, frames) -> (batch,): the minimum, so the frame most like speech decides; plus what the
+        window and sound probes and the kernel say.
 
         streams: by layer (batch, frames, d_model), at least the `window_layers`. padding: (batch, frames)
         bool, see `passing.padding_frames`; None: there is none. Raises UsageError if a stream is missing.
@@ -149,7 +163,12 @@ class Gate:
             probe.logits(likely_speech(frame_logits, streams[probe.layer])) for probe in self.window_probes
         ]
         said += [probe.logits(mean_of_sound(streams[probe.layer], padding)) for probe in self.sound_probes]
-        return lowest + torch.stack(said).sum(dim=0) + self.window_intercept if said else lowest
+        if said:
+            said.append(torch.full_like(lowest, self.window_intercept))
+        if self.kernel:
+            pooled = pooled_windows(frame_logits, [streams[layer] for layer in self.kernel.layers], padding)
+            said.append(self.kernel_share * self.kernel.logits(pooled))
+        return lowest + torch.stack(said).sum(dim=0) if said else lowest
 
     def frame_gate(self, frame_logits: Tensor, shut: Tensor | None = None) -> Tensor:
         """(batch, frames) -> (batch, frames) in [0, 1]: how much of an edit a frame gets; 0 below 0.01, in
@@ -174,6 +193,14 @@ class Gate:
         return self.threshold + self.spread * (1 / alpha - 1)
 
 
+def pooled_windows(frame_logits: Tensor, streams: Sequence[Tensor], padding: Tensor | None) -> Tensor:
+    """(batch, frames), by layer (batch, frames, d_model), (batch, frames) bool -> (batch, 3 * layers,
+    d_model), float32: `likely_speech` of every layer, then `mean_of_sound`, then `spread_of_sound`."""
+    pools = [likely_speech(frame_logits, x) for x in streams]
+    pools += [mean_of_sound(x, padding) for x in streams]
+    return torch.stack([*pools, *(spread_of_sound(x, padding) for x in streams)], dim=1)
+
+
 def likely_speech(frame_logits: Tensor, x: Tensor) -> Tensor:
     """(batch, frames), (batch, frames, d_model) -> (batch, d_model), float32: the mean of x over the frames,
     each weighted by the odds exp(-logit) that somebody speaks in it."""
@@ -184,11 +211,22 @@ def likely_speech(frame_logits: Tensor, x: Tensor) -> Tensor:
 def mean_of_sound(x: Tensor, padding: Tensor | None) -> Tensor:
     """(batch, frames, d_model), (batch, frames) bool -> (batch, d_model), float32: the mean of x over the
     frames that are not padding; over all of a window that is nothing else."""
+    return (_sound_weights(x, padding) @ x.float()).squeeze(-2)
+
+
+def spread_of_sound(x: Tensor, padding: Tensor | None) -> Tensor:
+    """As `mean_of_sound`, the standard deviation over those frames (of n, not n - 1)."""
+    weights, x = _sound_weights(x, padding), x.float()
+    return (weights @ (x - weights @ x).square()).squeeze(-2).sqrt()
+
+
+def _sound_weights(x: Tensor, padding: Tensor | None) -> Tensor:
+    """(batch, 1, frames), float32: even over the frames that are not padding, over all if there are none;
+    their sum is 1."""
     if padding is None:
-        return x.float().mean(dim=-2)
+        padding = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     sound = ~padding | padding.all(dim=-1, keepdim=True)
-    weights = sound / sound.sum(dim=-1, keepdim=True)
-    return (weights.unsqueeze(-2) @ x.float()).squeeze(-2)
+    return (sound / sound.sum(dim=-1, keepdim=True)).unsqueeze(-2)
 
 
 def _long_runs(mask: Tensor, length: int) -> Tensor:

@@ -96,6 +96,8 @@ def _gate(gate: Gate) -> dict[str, Any]:
         "features": gate.n_features,
         "window_layers": [probe.layer for probe in gate.window_probes],
         "sound_layers": [probe.layer for probe in gate.sound_probes],
+        "kernel_layers": list(gate.kernel.layers) if gate.kernel else [],
+        "landmarks": len(gate.kernel.weights) if gate.kernel else 0,
         "smooth": gate.smooth,
         "threshold": gate.threshold,
         "spread": gate.spread,

@@ -134,7 +134,7 @@ class Pass:
         gated = [
             step
             for step in self.steps
-            if (gate := step.steering.gate) is not None and (step.steering.edits or gate.sound_probes)
+            if (gate := step.steering.gate) is not None and (step.steering.edits or gate.needs_padding)
         ]
         if gated:
             padding = padding_frames(mel)

@@ -21,6 +21,7 @@ from .gate import PROBES, Gate
 from .plaindata import moved, split, with_prefix
 from .probe import Probe
 from .profiles import FrontierPoint, alpha_of, point_at, read_frontier, read_profiles
+from .window_kernel import WindowKernel
 
 __all__ = ["Edit", "FrontierPoint", "Gate", "LatentEdit", "MeanAblation", "Probe", "Shift", "Steering"]
 
@@ -125,7 +126,8 @@ class Steering:
             probes: dict[str, Any] = {
                 name: tuple(moved(probe, device) for probe in getattr(gate, name)) for name in PROBES
             }
-            gate = replace(gate, **probes)
+            kernel = None if gate.kernel is None else moved(gate.kernel, device)
+            gate = replace(gate, kernel=kernel, **probes)
         return replace(self, edits=tuple(moved(edit, device) for edit in self.edits), gate=gate)
 
     def check(self, model: Any, *, strict: bool = True) -> None:
@@ -203,7 +205,17 @@ def _gate_record(gate: Gate, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name in PROBES:
         probes = [split(probe, f"gate.{name}.{n}.", tensors) for n, probe in enumerate(getattr(gate, name))]
         plain[name] = probes
+    if gate.kernel is not None:
+        mine: dict[str, Tensor] = {}
+        plain["kernel"] = split(gate.kernel, "gate.kernel.", mine)
+        tensors.update({name: _halved(tensor) for name, tensor in mine.items()})
     return plain
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """In half precision if that keeps every value: kernels are fitted with such."""
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
 
 
 def _read_gate(record: dict[str, Any], tensors: dict[str, Tensor]) -> Gate:
@@ -214,4 +226,7 @@ def _read_gate(record: dict[str, Any], tensors: dict[str, Tensor]) -> Gate:
         )
         for name in PROBES
     }
-    return Gate(**{**record, **probes})
+    kernel = record.get("kernel")
+    if kernel is not None:
+        kernel = WindowKernel(**{**kernel, **with_prefix("gate.kernel.", tensors)})
+    return Gate(**{**record, **probes, "kernel": kernel})
