@@ -40,8 +40,10 @@ def amount(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def interval(rate: Rate | None, scale: float = 100.0, digits: int = 1, sign: bool = False) -> Markup:
-    """A value with its interval in small print; None is a dash."""
+def interval(
+    rate: Rate | None, scale: float = 100.0, digits: int = 1, sign: bool = False, under: bool = False
+) -> Markup:
+    """A value with its interval in small print, beside or under it; None is a dash."""
     if rate is None:
         return text(None)
     form = f"{'+' if sign else ''}.{digits}f"
@@ -49,7 +51,8 @@ def interval(rate: Rate | None, scale: float = 100.0, digits: int = 1, sign: boo
     if rate.lo == rate.hi == rate.value and sign:  # the interval of the difference is not known
         return text(shown.replace("-", "−"))
     span = f"[{scale * rate.lo:{form}}, {scale * rate.hi:{form}}]"
-    return Markup(f"{shown} <span class='ci'>{span}</span>".replace("-", "−"))
+    between = "<br>" if under else " "
+    return Markup(f"{shown}{between}<span class='ci'>{span}</span>".replace("-", "−"))
 
 
 NOT_GIVEN = "not given"  # by the method's runtime
@@ -64,7 +67,8 @@ def _named(one: Setting, about: str) -> tuple[object, str]:
 def _three_rates(one: Setting) -> list[object]:
     """text-FPR, nsp-FPR and HR."""
     others = (one.rates.get(name) for name in ("nsp_fpr", "hr"))
-    return [interval(one.text_fpr), *(NOT_GIVEN if rate is None else interval(rate) for rate in others)]
+    shown = (NOT_GIVEN if rate is None else interval(rate, under=True) for rate in others)
+    return [interval(one.text_fpr, under=True), *shown]
 
 
 def _spent(one: Setting) -> str | None:
@@ -80,7 +84,8 @@ def _summary_row(one: Setting, data: ReportData) -> Row:
     return Row(
         (
             *_named(one, _abouts(data).get(one.method, "")), first, "" if is_plain else relative, *others,
-            "" if is_plain else interval(one.rise, digits=2, sign=True), interval(one.empty),
+            "" if is_plain else interval(one.rise, digits=2, sign=True, under=True),
+            interval(one.empty, under=True),
             None if one.words_per_min is None else amount(one.words_per_min), _spent(one),
             _timed(data, one.method),
         ),
@@ -95,12 +100,12 @@ SUMMARY = (
 
 
 def _full_row(one: Setting, data: ReportData) -> Row:
-    parts = [interval(one.rates.get(name)) for name in ("wer", "sub", "del", "ins")]
+    parts = [interval(one.rates.get(name), under=True) for name in ("wer", "sub", "del", "ins")]
     return Row(
         (
-            *_named(one, ""), *_three_rates(one), interval(one.rates.get("words_per_min"), 1.0),
-            "" if one.method == PLAIN else interval(one.rise, digits=2, sign=True), *parts,
-            interval(one.empty), interval(one.rates.get("lost_speech")), _spent(one),
+            *_named(one, ""), *_three_rates(one), interval(one.rates.get("words_per_min"), 1.0, under=True),
+            "" if one.method == PLAIN else interval(one.rise, digits=2, sign=True, under=True), *parts,
+            interval(one.empty, under=True), interval(one.rates.get("lost_speech"), under=True), _spent(one),
             _timed(data, one.method),
         ),
         strong=one.method == OURS,
@@ -109,8 +114,7 @@ def _full_row(one: Setting, data: ReportData) -> Row:
 
 FULL = (
     "method", "strength", "text-FPR %", "nsp-FPR %", "HR %", "invented words/min", "WER change, points",
-    "WER %", "substitutions %", "deletions %", "insertions %", "empty speech %", "lost speech %",
-    "compute, s/min", "run",
+    "WER %", "subst. %", "del. %", "ins. %", "empty speech %", "lost speech %", "compute, s/min", "run",
 )  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def _time_note(data: ReportData) -> str:
     words = f"Compute: wall-clock seconds per minute of audio, {used} PyTorch thread"
     names = dict.fromkeys(_timed(data, one.method) for one in data.settings)
     meant = [f"{name}: {TIMED[name]}" for name in names if name is not None and name in TIMED]
-    return ". ".join([f"{words}{'' if threads == [1] else 's'}", *meant]) + "."
+    return f"{words}{'' if threads == [1] else 's'}. Run: {'; '.join(meant)}."
 
 
 def _timed(data: ReportData, method: str) -> str | None:

@@ -321,8 +321,8 @@ def test_every_setting_has_the_three_rates_the_parts_of_wer_and_how_it_was_run(t
     cells = report_tables._full_row(ours, data).cells
     named = dict(zip(report_tables.FULL, cells, strict=True))
     assert report_tables.FULL[2:5] == ("text-FPR %", "nsp-FPR %", "HR %")
-    assert str(named["HR %"]).startswith("33.3 <span class='ci'>[0.0, 100.0]")
-    assert str(named["deletions %"]).startswith("28.6 <span") and named["run"] == AT_ONCE
+    assert str(named["HR %"]).startswith("33.3<br><span class='ci'>[0.0, 100.0]")
+    assert str(named["del. %"]).startswith("28.6<br><span") and named["run"] == AT_ONCE
     named = dict(zip(report_tables.FULL, report_tables._full_row(silero, data).cells, strict=True))
     assert named["nsp-FPR %"] == named["HR %"] == "not given" and named["run"] == BEHIND_VAD
     document = "".join(report_tables.method_sections(data))
