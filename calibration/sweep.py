@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from calibration.command import run
+from calibration.fit_again import fit_of
 from calibration.fit_files import read_fit
 from calibration.hallucinations import label_clips, print_table
 from calibration.hearing import Calibration, Effort
@@ -69,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="mini.en", help="name or path (default: mini.en)")
     parser.add_argument("--fit", type=Path, default=Path("out/fit"), help="folder of calibration.fit")
     parser.add_argument(
+        "--again",
+        type=Path,
+        default=None,
+        help="a steering file whose frame probes and edits are kept, in place of --fit (a folder that then "
+        "only keeps what windows give)",
+    )
+    parser.add_argument(
         "--labels", type=Path, default=Path("out/labels.jsonl"), help="of calibration.hallucinations"
     )
     parser.add_argument("--data", dest="data_dir", type=Path, default=None, help="folder of real recordings")
@@ -113,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the small calibration sets (as fitted)")
     args = parser.parse_args(argv)
 
-    from calibration.corpus import eval_sets
+    from calibration.corpus import describe, eval_sets
     from whisper_steer.zoo import load_model
 
     budget = Budget(wer_rise=args.wer_rise, share=args.share)
@@ -122,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.model)
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
-    calibration = Calibration.of(
-        model, sets, read_fit(args.fit, model, sets, labels), budget, effort, cache=args.labels
-    )
+    fit = fit_of(args.again, model, sets, labels) if args.again else read_fit(args.fit, model, sets, labels)
+    fit.record.setdefault("calibrated_on", describe(sets))
+    calibration = Calibration.of(model, sets, fit, budget, effort, cache=args.labels)
     written: list[tuple[Path, Steering]] = []
     if args.only != "audiosae":
         training = _training(calibration, args.corpus, args.data_dir)
@@ -132,9 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             calibration,
             args.gate_kind,
             training=training,
-            refitted=args.refitted,
+            refitted=args.refitted and not args.again,
             cache=args.fit / "whole_windows.npz",
         )
+        choice = replace(choice, table=(*fit.record.get("earlier_gates", ()), *choice.table))
         result = choice.result
         lost = ", ".join(f"{name} {share:.1%}" for name, share in result.lost.items())
         print(
@@ -145,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         edits = None if args.edits is None else [name for name in args.edits.split(",") if name]
         winner = finish(calibration, find_winner(calibration, choice, logits, edits=edits), "default")
         written.append((args.out / "steering.safetensors", winner))
-    if args.only != "steering":
+    if args.only != "steering" and not args.again:
         found = find_audiosae(calibration)
         if found is not None:
             recipe = finish(calibration, found, "audiosae")

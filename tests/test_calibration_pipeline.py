@@ -11,6 +11,7 @@ from calibration_tools import clips, make_terse_whisper, sound
 from calibration import edit_fit, fit, gate_fit, winners
 from calibration.decoding import transcribe_clips
 from calibration.edit_candidates import fit_to_budget, pick_finalists
+from calibration.fit_again import fit_of
 from calibration.fit_files import read_fit, write_fit
 from calibration.gated_hearing import GatedHearing
 from calibration.hallucinations import label_clips
@@ -178,6 +179,34 @@ def test_sweep_finds_a_gate_and_an_edit_and_says_what_they_do(setting, calibrati
         texts = [t.text for t in transcribe_clips(model, [clip.load() for clip in sets["tones"]])]
     assert texts == [""] * 10
     assert not handles_of(model)
+
+
+def test_a_steering_file_can_be_chosen_again(setting, calibration, latent_gate, tmp_path):
+    """Frame probes and edits as they are; smoothing and threshold come out as before, without a fit."""
+    model, sets, labels, _, fitted, _ = setting
+    choice, logits = latent_gate
+    edit = dataclasses.replace(fitted.edits["svector_l1"], strength=0.1)
+    recipe = {
+        "gate": choice.name,
+        "gates": [*choice.table, {"gate": choice.name, "window_share": 1.0}],
+        "edit": {"name": "svector_l1", "recipes": [fitted.recipes["svector_l1"]]},
+        "fit_seed": 7,
+    }
+    path = tmp_path / "steering.safetensors"
+    Steering((edit,), choice.gate, {**model_metadata(model), "recipe": recipe}).save(path)
+    again = fit_of(path, model, sets, labels, progress=False)
+    assert list(again.gates) == [choice.name] and list(again.edits) == ["svector_l1"]
+    np.testing.assert_allclose(again.table.logits[choice.name], logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again.edits["svector_l1"].direction, edit.direction)
+    assert again.recipes["svector_l1"]["form"] == "svector" and again.record["seed"] == 7
+    assert [row["gate"] for row in again.record["earlier_gates"]] == [row["gate"] for row in choice.table]
+    once_more = Calibration.of(model, sets, again, Budget(), calibration.effort, progress=False)
+    chosen, _ = winners.find_gate(once_more, "any", refitted=False)
+    assert chosen.gate.smooth == choice.gate.smooth
+    assert chosen.gate.threshold == pytest.approx(choice.gate.threshold, abs=1e-3)
+    Steering((edit,), None, model_metadata(model)).save(path)
+    with pytest.raises(UsageError, match="was not made by calibration.sweep with a gate: pass --fit"):
+        fit_of(path, model, sets, labels, progress=False)
 
 
 def test_a_gate_learns_windows_from_the_training_clips(calibration, latent_gate, tmp_path):
