@@ -5,17 +5,18 @@
     python -m benchmarks.latency --shapes large-v3 --device cuda --runtimes openai transformers
     python -m benchmarks.latency --quick --clock cpu --threads 1       # on a machine that others use, too
 
-Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads
-m latents, no edit), gated_latents (both), reconstruction (the papers' form: all 8 x d_model latents, 50 of
-them active in a frame), and with an edit before the gate's layer: a gate on the first and last block, silence
-(MeanAblation) at the first. early_speech: the gate stays shut, as in a window full of speech; early_gap: it
-opens for about half of the frames, so that the blocks behind the edit run a second time. A ratio is the
-median over rounds of steered / plain, which take turns; encoder_low and encoder_high: the 95 % interval of
-that median (lowest and highest of fewer than nine rounds). Where a round is short there are more of them,
-until they take 3 s (1 s with --quick). Models have random weights (see latency_runtimes). faster-whisper
-bakes every shift; whisper.cpp can do nothing else, one window at a time. alpha_change (faster-whisper): the
-encoder_seconds that a new alpha of a Shift costs at the next window. The last row, nonspeech, is the bundled
-mini.en on its noise clip: a withheld window need not be decoded.
+Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads m
+latents, no edit), window_gate (one on raw activations of four layers that reads windows as a whole, too, like
+the bundled one), gated_latents (gate and latents), reconstruction (the papers' form: all 8 x d_model latents,
+50 of them active in a frame), and with an edit before the gate's layer: a gate on the first and last block,
+silence (MeanAblation) at the first. early_speech: the gate stays shut, as in a window full of speech;
+early_gap: it opens for about half of the frames, so that the blocks behind the edit run a second time. A
+ratio is the median over rounds of steered / plain, which take turns; encoder_low and encoder_high: the 95 %
+interval of that median (lowest and highest of fewer than nine rounds). Where a round is short there are more
+of them, until they take 3 s (1 s with --quick). Models have random weights (see latency_runtimes). faster-
+whisper bakes every shift; whisper.cpp can do nothing else, one window at a time. alpha_change (faster-
+whisper): the encoder_seconds that a new alpha of a Shift costs at the next window. The last row, nonspeech,
+is the bundled mini.en on its noise clip: a withheld window need not be decoded.
 
 Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
 encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
@@ -51,6 +52,7 @@ MODES: tuple[tuple[str, int | None], ...] = (
     ("latents", 10),
     ("latents", 100),
     ("gate", 100),
+    ("window_gate", None),
     ("gated_latents", 100),
     ("reconstruction", None),
     ("early_speech", 100),

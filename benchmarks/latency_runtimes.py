@@ -8,8 +8,9 @@ do the same work.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from whisper_steer.errors import ModelError, UsageError
 from whisper_steer.gate import Gate
 from whisper_steer.probe import Probe
 from whisper_steer.steering import Steering
+from whisper_steer.window_kernel import WindowKernel
 
 TOKENS = 32  # per window: about what half a minute of slow speech takes
 WINDOW_SECONDS = N_SAMPLES / SAMPLE_RATE
@@ -98,7 +100,8 @@ def steering_for(
 ) -> Steering:
     """A random steering of the last block, like the papers'; its gate withholds nothing and opens for about
     half of the frames. early_speech, early_gap: a gate on the first and last block, silence at the first; in
-    the former, the gate opens nowhere. spread: `stream_spread` of the last block, so that as many of its
+    the former, the gate opens nowhere. window_gate: raw activations of four layers and a kernel on the window
+    as a whole, like the bundled gate's. spread: `stream_spread` of the last block, so that as many of its
     latents are active as in an SAE that was fitted on the stream; what they cost depends on it."""
     width, layer = dims.n_audio_state, dims.n_audio_layer - 1
     generator = torch.Generator().manual_seed(seed)
@@ -132,12 +135,32 @@ def steering_for(
     def gated(*probes: Probe, bias: float = 0.0) -> Gate:
         return Gate(probes, 0.0, _SMOOTH, threshold=1e9, spread=0.0, frame_scale=1.0, frame_bias=bias)
 
+    if mode == "window_gate":
+        read = sorted({round(i * layer / 3) for i in range(4)})
+        raw = (
+            Probe(at, "raw", rows(1)[0], mean=torch.zeros(width), std=torch.full((width,), spread))
+            for at in read
+        )
+        return Steering((), replace(gated(*raw), kernel=_kernel(read, width, generator)))
     if mode.startswith("early"):
         silence = MeanAblation(0, torch.randn(dims.n_audio_ctx, width, generator=generator))
         probes = probe(0, count // 2), probe(layer, count - count // 2)
         return Steering((silence,), gated(*probes, bias=1e9 if mode == "early_speech" else 0.0))
     gate = gated(probe(layer, count))
     return Steering(() if mode == "gate" else (latents(count),), gate)
+
+
+def _kernel(layers: Sequence[int], width: int, generator: torch.Generator) -> WindowKernel:
+    """A random one of the bundled one's size."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pools, size, landmarks = 3 * len(layers) * width, 128, 700
+    projection = draw(size, pools) / pools**0.5
+    return WindowKernel(
+        tuple(layers), projection, torch.zeros(size), draw(landmarks, size), draw(landmarks), 1 / size, 0.0
+    )
 
 
 class OpenAIRuntime:

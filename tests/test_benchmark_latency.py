@@ -132,13 +132,16 @@ def test_every_mode_changes_what_it_should(mode, m):
     early = mode.startswith("early")
     assert steering.early_layers == ((0,) if early else ())
     after = steering.edit(x, 0 if early else dims.n_audio_layer - 1, 1.0)
-    assert torch.equal(after, x) == (mode == "gate")
+    assert torch.equal(after, x) == (mode in ("gate", "window_gate"))
     assert (steering.gate is not None) == ("gate" in mode or early)
     if mode == "reconstruction":
         assert steering.edits[0].W_enc.shape == (512, 64)
     if m is not None and steering.edits and not early:
         assert steering.edits[0].W_enc.shape == (m, 64)
-    if steering.gate is not None:
+    if mode == "window_gate":
+        gate = steering.gate
+        assert gate.kernel.layers == gate.layers and gate.kind == "raw" and len(gate.kernel.weights) == 700
+    elif steering.gate is not None:
         gate = steering.gate
         assert sum(len(probe.coef) for probe in gate.probes) == m and gate.window_threshold(1.0) == 1e9
         opened = (gate.frame_gate(gate.frame_logits(dict.fromkeys(gate.layers, x))) > 0).float().mean()
