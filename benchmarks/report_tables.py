@@ -58,12 +58,6 @@ def interval(
 NOT_GIVEN = "not given"  # by the method's runtime
 
 
-def _named(one: Setting, about: str) -> tuple[object, str]:
-    """The first two cells of a setting."""
-    name = Markup(f"<span title='{text(about)}'>{text(one.method)}</span>") if about else one.method
-    return name, "" if one.method == PLAIN else f"{one.strength:g}"
-
-
 def _three_rates(one: Setting) -> list[object]:
     """text-FPR, nsp-FPR and HR."""
     others = (one.rates.get(name) for name in ("nsp_fpr", "hr"))
@@ -71,8 +65,18 @@ def _three_rates(one: Setting) -> list[object]:
     return [interval(one.text_fpr, under=True), *shown]
 
 
-def _spent(one: Setting) -> str | None:
-    return None if one.seconds is None else f"{one.seconds:.1f}"
+def _marks(data: ReportData) -> dict[str, str]:
+    """A letter for every way in which the run's methods were run (keys of TIMED)."""
+    names = dict.fromkeys(_timed(data, one.method) for one in data.settings)
+    return dict(zip((name for name in names if name is not None), "abcdefgh", strict=False))
+
+
+def _spent(one: Setting, data: ReportData) -> Markup | None:
+    """Seconds per minute with the letter of how they came about."""
+    if one.seconds is None:
+        return None
+    mark = _marks(data).get(_timed(data, one.method) or "")
+    return Markup(f"{one.seconds:.1f}{f'<sup>{mark}</sup>' if mark else ''}")
 
 
 def _summary_row(one: Setting, data: ReportData) -> Row:
@@ -81,21 +85,22 @@ def _summary_row(one: Setting, data: ReportData) -> Row:
     if plain is not None and plain.text_fpr.value:
         relative = f"{100 * (one.text_fpr.value / plain.text_fpr.value - 1):+.0f} %".replace("-", "−")
     first, *others = _three_rates(one)
+    about = _abouts(data).get(one.method, "")
+    name = Markup(f"<span title='{text(about)}'>{text(one.name)}</span>") if about else one.name
     return Row(
         (
-            *_named(one, _abouts(data).get(one.method, "")), first, "" if is_plain else relative, *others,
+            name, first, "" if is_plain else relative, *others,
             "" if is_plain else interval(one.rise, digits=2, sign=True, under=True),
             interval(one.empty, under=True),
-            None if one.words_per_min is None else amount(one.words_per_min), _spent(one),
-            _timed(data, one.method),
+            None if one.words_per_min is None else amount(one.words_per_min), _spent(one, data),
         ),
         strong=one.method == OURS,
     )  # fmt: skip
 
 
 SUMMARY = (
-    "method", "strength", "text-FPR %", "against plain", "nsp-FPR %", "HR %", "WER change, points",
-    "empty speech %", "invented words/min", "compute, s/min", "run",
+    "method and strength", "text-FPR %", "against plain", "nsp-FPR %", "HR %", "WER change, points",
+    "empty speech %", "invented words/min", "compute, s/min",
 )  # fmt: skip
 
 
@@ -103,18 +108,18 @@ def _full_row(one: Setting, data: ReportData) -> Row:
     parts = [interval(one.rates.get(name), under=True) for name in ("wer", "sub", "del", "ins")]
     return Row(
         (
-            *_named(one, ""), *_three_rates(one), interval(one.rates.get("words_per_min"), 1.0, under=True),
+            one.name, *_three_rates(one), interval(one.rates.get("words_per_min"), 1.0, under=True),
             "" if one.method == PLAIN else interval(one.rise, digits=2, sign=True, under=True), *parts,
-            interval(one.empty, under=True), interval(one.rates.get("lost_speech"), under=True), _spent(one),
-            _timed(data, one.method),
+            interval(one.empty, under=True), interval(one.rates.get("lost_speech"), under=True),
+            _spent(one, data),
         ),
         strong=one.method == OURS,
     )  # fmt: skip
 
 
 FULL = (
-    "method", "strength", "text-FPR %", "nsp-FPR %", "HR %", "invented words/min", "WER change, points",
-    "WER %", "subst. %", "del. %", "ins. %", "empty speech %", "lost speech %", "compute, s/min", "run",
+    "method and strength", "text-FPR %", "nsp-FPR %", "HR %", "invented words/min", "WER change, points",
+    "WER %", "subst. %", "del. %", "ins. %", "empty speech %", "lost speech %", "compute, s/min",
 )  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def method_sections(data: ReportData) -> list[Markup]:
         table(SUMMARY, rows, left=1),
         details(f"All {len(every)} settings", table(FULL, every, left=1)),
         Markup(f"<p class='note'>{text(SCORES_NOTE)}</p>"),
-        Markup(f"<p class='note'>{text(_time_note(data))}</p>"),
+        Markup(f"<p class='note'>{_time_note(data)}.</p>"),
     ]
     note = (
         f"Each at its best strength within {100 * MAX_COST:g} point of WER on these very clips, which "
@@ -155,14 +160,16 @@ SCORES_NOTE = (
 )
 
 
-def _time_note(data: ReportData) -> str:
-    """How the compute column came about: threads, and what each entry under "run" means."""
+def _time_note(data: ReportData) -> Markup:
+    """How the compute column came about: threads, and what each letter in it means."""
     threads = data.run.get("threads")
     used = " or ".join(map(str, threads)) if threads else "an unrecorded number of"
     words = f"Compute: wall-clock seconds per minute of audio, {used} PyTorch thread"
-    names = dict.fromkeys(_timed(data, one.method) for one in data.settings)
-    meant = [f"{name}: {TIMED[name]}" for name in names if name is not None and name in TIMED]
-    return f"{words}{'' if threads == [1] else 's'}. Run: {'; '.join(meant)}."
+    meant = [
+        joined((Markup(f"<sup>{mark}</sup> "), f"{name}: {TIMED.get(name, '')}"))
+        for name, mark in _marks(data).items()
+    ]
+    return joined((f"{words}{'' if threads == [1] else 's'}", *meant), ". ")
 
 
 def _timed(data: ReportData, method: str) -> str | None:
@@ -260,7 +267,7 @@ def long_sections(data: ReportData) -> list[Markup]:
 
     whole = next((row for row in data.long if row["set"] == "all"), data.long[0])
     note = (
-        f"{whole['recordings']} recordings, {whole['minutes']:.0f} minutes, of which "
+        f"{whole['recordings']} recording{'s' if whole['recordings'] > 1 else ''}, {whole['minutes']:.0f} minutes, of which "
         f"{whole['nonspeech_minutes']:.0f} without speech; each is transcribed as a whole. Invented: words "
         "more than 0.5 s from all speech. Lost: words of the reference without a counterpart. Intervals: "
         "95 %, bootstrap over recordings (python -m benchmarks.long_recordings)."
