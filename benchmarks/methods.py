@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 AT_ONCE, ALONE, FASTER, BEHIND_VAD, JUDGED, GATED = (
     "8 at once", "one by one", "one by one, beam 5", "8 at once behind VAD", "plain + judging",
-    "plain, or encoder alone",
+    "plain, or encoder, 8 at once",
 )  # fmt: skip
 # how seconds of compute come about: only methods that are run alike can be compared by them
 TIMED: Mapping[str, str] = {
@@ -43,8 +43,8 @@ TIMED: Mapping[str, str] = {
     FASTER: "every clip by itself in CTranslate2, with faster-whisper's default beam search",
     BEHIND_VAD: "the VAD reads clip by clip (in one thread), the stretches of eight clips are one batch",
     JUDGED: "the time in which plain Whisper decodes everything, and that of judging it: nothing is saved",
-    GATED: "of a clip whose windows are all withheld the encoder's time, clip by clip; of any other plain "
-    "Whisper's, whose encoder has the states that the probe reads",
+    GATED: "of a clip whose windows are all withheld the encoder's time, eight windows as one batch; of any "
+    "other plain Whisper's, whose encoder has the states that the probe reads",
 }
 
 

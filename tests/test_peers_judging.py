@@ -194,11 +194,26 @@ def test_linear_gate_reads_the_frames_of_every_window(setup) -> None:
     frames = encode_clip(setup.model, clip.load(), [1]).frames[0].numpy()
     kept = transcript((" a", 0.5, -0.1))
     windows = (replace(kept.windows[0], size=100), replace(kept.windows[0], seek=100, size=100))
-    states = linear_gate.window_states(setup, clip, replace(kept, windows=windows))
+    states = linear_gate.window_states(frames, replace(kept, windows=windows))
     assert states.shape == (2, 32)
     assert np.allclose(states[0], frames[:50].mean(axis=0)) and np.allclose(
         states[1], frames[50:].mean(axis=0)
     )
+
+
+def test_linear_gate_encodes_in_batches_what_a_clip_alone_gives(setup, monkeypatch) -> None:
+    from calibration.activations import encode_clip
+
+    long = np.concatenate([EVERY[6].load(), np.zeros(31 * 16_000, np.float32)])  # two windows
+    group = [EVERY[0], replace(EVERY[1], id="long"), EVERY[7]]
+    monkeypatch.setattr(setup, "audio", lambda clip: long if clip.id == "long" else clip.load())
+    for batch in (2, 8):
+        monkeypatch.setattr(linear_gate, "BATCH", batch)
+        found = list(linear_gate.encoded(setup, group))
+        for clip, (frames, seconds) in zip(group, found, strict=True):
+            alone = encode_clip(setup.model, setup.audio(clip), [1]).frames[0].numpy()
+            assert frames.shape == alone.shape and np.allclose(frames, alone, atol=1e-4) and seconds > 0
+    assert found[1][1] == pytest.approx(2 * found[0][1])  # as many windows, as much of the batch's time
 
 
 def test_linear_gate_withholds_tones_and_is_fitted_once(setup, monkeypatch) -> None:

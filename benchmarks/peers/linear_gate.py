@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from calibration.decoding import ClipTranscript
 
 _GATE, _SCORES = "linear gate", "linear gate's scores"
+BATCH = 8  # windows encoded together, as plain Whisper's are
+WINDOW = 30 * 16_000  # samples
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,36 @@ def _probe(states: np.ndarray, speech: np.ndarray) -> tuple[np.ndarray, float]:
     return coef, float(regression.intercept_[0] - coef @ scaler.mean_)
 
 
-def window_states(setup: Setup, clip: Clip, transcript: ClipTranscript) -> np.ndarray:
-    """(windows, d_model): mean of the last block's output over the frames that every decoded window covers.
+def window_states(frames: np.ndarray, transcript: ClipTranscript) -> np.ndarray:
+    """(windows, d_model): mean of frames (n, d_model), a clip's, over those that every decoded window covers.
 
     Clips of up to 30 s are encoded as they were decoded; in longer ones a later window is read from the
     consecutive 30 s windows."""
-    from calibration.activations import encode_clip
-
-    frames = encode_clip(setup.model, setup.audio(clip), [_last(setup)]).frames[0].cpu().numpy()
     states = []
     for window in transcript.windows:
         first = min(window.seek // 2, len(frames) - 1)  # an encoder frame is two mel frames
         states.append(frames[first : max(first + 1, (window.seek + window.size) // 2)].mean(axis=0))
     return np.stack(states)
+
+
+def encoded(setup: Setup, clips: Sequence[Clip]) -> Iterator[tuple[np.ndarray, float]]:
+    """(frames (n, d_model) behind the last block that hold audio, seconds of compute) of every clip; a batch
+    of windows shares its time."""
+    import torch
+
+    from calibration.activations import ClipActivations, encode_windows, true_frames, window_mels
+
+    for start in range(0, len(clips), BATCH):
+        began = time.perf_counter()
+        audios = [setup.audio(clip) for clip in clips[start : start + BATCH]]
+        mels = [window_mels(audio, setup.model.dims.n_mels) for audio in audios]
+        waiting = torch.cat(mels).split(BATCH)
+        states = torch.cat([encode_windows(setup.model, part, [_last(setup)]).cpu() for part in waiting], 1)
+        parts = states.split([len(mel) for mel in mels], dim=1)
+        each = (time.perf_counter() - began) / states.shape[1]
+        for audio, part in zip(audios, parts, strict=True):
+            held = tuple(true_frames(len(audio) - index * WINDOW) for index in range(part.shape[1]))
+            yield ClipActivations(part, held).frames[0].numpy(), each * part.shape[1]
 
 
 def _last(setup: Setup) -> int:
@@ -194,11 +213,12 @@ class Scored:
 def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Clip, Scored]:
     """The same at every threshold."""
     known: dict[Clip, Scored] = setup.memory.setdefault(_SCORES, {})
-    for clip, transcript in zip(clips, setup.plain_windows(clips), strict=True):
-        if clip not in known:
-            began = time.perf_counter()
-            scores = tuple(gate.score(state) for state in window_states(setup, clip, transcript))
-            known[clip] = Scored(scores, time.perf_counter() - began)
+    new = [clip for clip in clips if clip not in known]
+    windows = setup.plain_windows(new)
+    for clip, transcript, (frames, seconds) in zip(new, windows, encoded(setup, new), strict=True):
+        began = time.perf_counter()
+        scores = tuple(gate.score(state) for state in window_states(frames, transcript))
+        known[clip] = Scored(scores, seconds + time.perf_counter() - began)
     return known
 
 
