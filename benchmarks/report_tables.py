@@ -270,7 +270,8 @@ def long_sections(data: ReportData) -> list[Markup]:
         f"{whole['recordings']} recording{'s' if whole['recordings'] > 1 else ''}, "
         f"{whole['minutes']:.0f} minutes, of which {whole['nonspeech_minutes']:.0f} without speech; "
         "each is transcribed as a whole. Invented: words more than 0.5 s from all speech. Lost: "
-        "words of the reference without a counterpart. Intervals: 95 %, bootstrap over recordings (python -m benchmarks.long_recordings)."
+        "words of the reference without a counterpart. Intervals: 95 %, bootstrap over "
+        "recordings (python -m benchmarks.long_recordings)."
     )
     parts = [details(f"{name} recordings", shown(name)) for name in sorts]
     return [section("Long recordings", shown("all"), *parts, note=note)]
