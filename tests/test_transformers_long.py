@@ -99,3 +99,60 @@ def test_types_and_attention(
         text = found(noise_then_speech, return_timestamps=True, generate_kwargs=QUICK)["text"]
     assert text.strip() == WORDS
     assert [(record.start, record.end) for record in handle.withheld] == [(0.0, 30.0)]
+
+
+def test_a_pipeline_around_a_steered_model_tells_the_same_times(plain: Any) -> None:
+    """The model is steered, the pipeline is not known: two windows of noise, then speech."""
+    sound = np.concatenate([np.resize(clip("noise"), 2 * WINDOW), clip("speech")])
+    places = {}
+    for name, steered in (("pipeline", plain), ("model", plain.model)):
+        with whisper_steer.steer(steered) as handle:
+            found = plain(sound, return_timestamps=True, generate_kwargs=QUICK)
+            records = [(record.start, record.end) for record in handle.withheld]
+        chunks = [(chunk["timestamp"], chunk["text"]) for chunk in found["chunks"]]
+        places[name] = [chunk for chunk in chunks if chunk[1]], records
+        silent = [chunk[0] for chunk in chunks if not chunk[1]]
+        # chosen before the pipeline was found: what leaves out the chunks without text
+        assert silent == ([] if name == "pipeline" else [(0.0, 30.0), (30.0, 60.0)])
+    spoken, records = places["model"]
+    assert places["pipeline"] == places["model"] and records == [(0.0, 30.0), (30.0, 60.0)]
+    assert [text for _, text in spoken] == [
+        " No, Sarah did not cover the little cat.",
+        " Who has a blue coat?",
+    ]
+    assert [start for (start, _), _ in spoken] == [pytest.approx(60.6, abs=0.1), pytest.approx(63.7, abs=0.1)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_chunks_of_a_pipeline_around_a_steered_model(plain: Any, batch: int) -> None:
+    sound = np.concatenate([np.resize(clip("noise"), 26 * 16000), clip("speech")])
+    cut = {"chunk_length_s": 10, "stride_length_s": 1, "batch_size": batch}
+    with whisper_steer.steer(plain.model) as handle:
+        for _ in range(2):
+            plain(sound, **cut, generate_kwargs=QUICK)
+    places = [(0.0, 10.0), (8.0, 18.0), (16.0, 26.0)]
+    assert [(record.start, record.end) for record in handle.withheld] == places * 2
+
+
+def test_tokens_of_a_long_recording_keep_their_time(plain: Any, noise_then_speech: np.ndarray) -> None:
+    given = plain.feature_extractor(
+        noise_then_speech, sampling_rate=16000, truncation=False, padding="longest", return_tensors="pt"
+    )
+    with whisper_steer.steer(plain.model):
+        tokens = plain.model.generate(given["input_features"], return_timestamps=True, **QUICK)
+    found = plain.tokenizer.decode(tokens[0].tolist(), output_offsets=True, skip_special_tokens=True)
+    assert found["text"].strip() == WORDS
+    (start, _) = next(part["timestamp"] for part in found["offsets"] if "Sarah" in part["text"])
+    assert 30 <= start <= 31
+
+
+def test_chunks_without_text_are_left_out_only_where_a_window_was_withheld(plain: Any) -> None:
+    """A recording in which the model itself writes nothing between two timestamps."""
+    begin = plain.model.generation_config.no_timestamps_token_id + 1
+    ours, withheld = [begin, begin + 50], [begin, begin - 1, begin + 1500]
+    empty = {"timestamp": (0.0, 1.0), "text": ""}
+    with whisper_steer.steer(plain):
+        kept = plain.postprocess([{"tokens": torch.tensor([ours])}], return_timestamps=True)
+        assert kept["chunks"] == [empty]
+        silent = plain.postprocess([{"tokens": torch.tensor([withheld])}], return_timestamps=True)
+        assert silent["chunks"] == []

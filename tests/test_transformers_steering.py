@@ -32,7 +32,7 @@ from whisper_steer.fileformat import encoder_sha256, model_metadata  # noqa: E40
 from whisper_steer.passing import Pass, Step  # noqa: E402
 from whisper_steer.steering import Gate, Shift, Steering  # noqa: E402
 from whisper_steer.transformers_model import from_openai, vocabulary  # noqa: E402
-from whisper_steer.transformers_pipeline import PipelineWatch  # noqa: E402
+from whisper_steer.transformers_pipeline import placed  # noqa: E402
 from whisper_steer.transformers_steering import OpenAIView, short_name  # noqa: E402
 from whisper_steer.zoo import bundled_dir, load_model  # noqa: E402
 
@@ -376,16 +376,21 @@ def test_pipeline_word_times_of_a_withheld_clip(recogniser, clips):
     assert result == {"text": "", "chunks": []}
 
 
-def test_chunks_find_their_place_over_batches(recogniser):
+def test_chunks_find_their_place_over_batches():
     local = SimpleNamespace()
-    clock = PipelineWatch(recogniser, local)
-    clock.stop()
+
+    def starts(stride, is_last):
+        with placed(local, {"stride": stride, "is_last": is_last}, 16000):
+            assert local.sequential == (local.offsets is None)
+            return local.offsets
+
     second = 16000
-    chunks = [((10 * second, 0, second), False), ((10 * second, second, second), False)]
-    assert clock._starts({"stride": [c[0] for c in chunks], "is_last": [False, False]}) == [0.0, 8.0]
-    assert clock._starts({"stride": (5 * second, second, 0), "is_last": True}) == [16.0]
-    assert clock._starts({"stride": (5 * second, 0, 0), "is_last": True}) == [0.0]
-    assert clock._starts({"is_last": True}) is None
+    chunks = [(10 * second, 0, second), (10 * second, second, second)]
+    assert starts(chunks, [False, False]) == [0.0, 8.0]
+    assert starts((5 * second, second, 0), True) == [16.0]
+    assert starts((5 * second, 0, 0), True) == [0.0]
+    assert starts(None, True) is None
+    assert (local.offsets, local.sequential) == (None, False)
 
 
 # ---------- the backend

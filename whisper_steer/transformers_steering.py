@@ -3,7 +3,8 @@
 Edits and gates are read in forward hooks on the encoder's layers, so they act in every call of the model.
 Words are withheld in `generate`, through which all paths go (short and long form, batches, beams, pipelines
 in chunks): a withheld window comes back as one segment without tokens, and is not tried at a higher
-temperature.
+temperature. `generate(encoder_outputs=...)` withholds nothing: the encoder, where the gate reads, does not
+run.
 
 What is relied upon in transformers (4.45 to 5): `generate` hands each batch of 30 s windows to
 `generate_with_fallback`, which asks `_need_fallback` about every window in turn and returns (sequences,
@@ -29,7 +30,8 @@ from .convert_hf import DIMS, openai_name
 from .passing import edited_stretches
 from .registry import Registry, Verdict, verdicts_of
 from .transformers_model import vocabulary
-from .transformers_pipeline import PipelineWatch
+from .transformers_pipeline import PipelineWatch, found_around, silence
+from .transformers_pipeline import is_pipeline as is_asr_pipeline
 from .transformers_windows import no_speech_prob, not_decoded, only_rows, silenced, sounding_frames
 from .withholding import Stretch, active_collector
 
@@ -47,10 +49,7 @@ def is_transformers_model(model: Any) -> bool:
 
 def is_pipeline(model: Any) -> bool:
     """Is it a transformers ASR pipeline with a Whisper in it? Imports nothing."""
-    module = sys.modules.get("transformers.pipelines.automatic_speech_recognition")
-    if module is None or not isinstance(model, module.AutomaticSpeechRecognitionPipeline):
-        return False
-    return is_transformers_model(model.model)
+    return is_asr_pipeline(model) and is_transformers_model(model.model)
 
 
 class OpenAIView:
@@ -85,11 +84,14 @@ def short_name(name_or_path: str) -> str:
 class _Call:
     """One call of `generate`. frames: per audio, mel frames that hold sound, None if unknown. whole: its
     result must hold every window's scores, so every window is decoded. prompted: words come before the first
-    window. spoken: numbers of the audios that have had words so far."""
+    window. long: there may be several windows. bare: its result is their tokens alone. spoken: numbers of the
+    audios that have had words so far."""
 
     frames: list[int] | None
     whole: bool
     prompted: bool
+    long: bool = False
+    bare: bool = False
     spoken: set[int] = field(default_factory=set)
 
 
@@ -180,10 +182,20 @@ class TransformersRegistry(Registry):
             given.get(name) or getattr(config, name, None)
             for name in ("return_dict_in_generate", "force_unique_generate_call")
         )
+        features = given.get("input_features")
+        long = isinstance(features, Tensor) and features.shape[-1] * FRAME_SECONDS > WINDOW_SECONDS
+        call = _Call(
+            sounding_frames(given),
+            whole,
+            given.get("prompt_ids") is not None,
+            long=long,
+            bare=not given.get("return_segments"),
+        )
         outer = getattr(self._local, "call", None)
-        self._local.call = _Call(sounding_frames(given), whole, given.get("prompt_ids") is not None)
+        self._local.call = call
         try:
-            return original(*args, **kwargs)
+            with found_around(self._local):
+                return original(*args, **kwargs)
         finally:
             self._local.call = outer
 
@@ -305,14 +317,14 @@ class TransformersRegistry(Registry):
                 collector.edited.extend(placed)
 
     def _nothing(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The tokens of a withheld window: none. But a pipeline over long audio knows the time from timestamp
-        tokens alone, so it gets two, from the window's begin to its end, around a token that says nothing."""
+        """The tokens of a withheld window: none; over long audio, where later windows' times hang on them,
+        two timestamps."""
         config = arguments["generation_config"]
-        sequential = getattr(self._local, "sequential", False) and bool(config.return_timestamps)
-        if not sequential or arguments.get("return_token_timestamps"):
+        call = self._call()
+        needed = call.long and (call.bare or getattr(self._local, "sequential", False))
+        if not needed or not config.return_timestamps or arguments.get("return_token_timestamps"):
             return tokens[:0]
-        silent = int(config.no_timestamps_token_id)  # timestamps begin right behind it
-        return tokens.new_tensor([silent + 1, silent, silent + 1 + _TIMES_A_WINDOW])
+        return tokens.new_tensor(silence(config, _TIMES_A_WINDOW))
 
     def _times(self, arguments: dict[str, Any], row: int) -> tuple[float, float]:
         """Seconds in the audio: start and end of the window of this row."""
