@@ -13,7 +13,7 @@ rates say what is left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,17 @@ from whisper.model import Whisper
 from calibration.decoding import ClipTranscript, transcribe_clips
 from calibration.evaluate import NonSpeechMetrics, SpeechMetrics, nonspeech_metrics, speech_metrics
 from whisper_steer.attach import steer
-from whisper_steer.errors import UsageError
-from whisper_steer.fileformat import model_metadata
+from whisper_steer.errors import UsageError, WhisperSteerError
+from whisper_steer.fileformat import model_metadata, model_name
 from whisper_steer.passing import padding_frames
 from whisper_steer.steering import Shift, Steering
 
 MULTIPLES = (0.5, 1.0, 2.0)
 WER_BUDGET = 0.01  # absolute, against the plain model on the same clips
+
+
+class ShiftRefused(WhisperSteerError):
+    """No Shift in the place of a steering is good; the message says what was measured."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,21 @@ class Measured:
 class ShiftFit:
     """steering: the Shift (strength 1 is the chosen multiple). explained: share of the energy of the
     steering's own change, on non-speech frames, that the least-squares vector accounts for, by layer (1 = it
-    is constant). rows: what was measured; chosen: the multiple that became the steering."""
+    is constant). rows: what was measured; chosen: the multiple that became the steering. problem: why it
+    should not be used, None if it is good."""
 
     steering: Steering
     explained: dict[int, float]
     rows: tuple[Measured, ...]
     chosen: float
+    problem: str | None = None
 
     def record(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
             "explained": {str(layer): share for layer, share in self.explained.items()},
             "chosen": self.chosen,
+            "problem": self.problem,
             "rows": [
                 {"multiple": row.multiple, "speech": row.speech.row(), "nonspeech": row.nonspeech.row()}
                 for row in self.rows
@@ -82,7 +89,7 @@ class ShiftFit:
                 f"{name:<12}{quiet.text_fpr.value:>9.1%}{quiet.nsp_fpr.value:>9.1%}{quiet.hr.value:>7.1%}"
                 f"{speech.wer.value:>8.1%}{speech.empty_speech.value:>7.1%}{mark}"
             )
-        return lines
+        return lines if self.problem is None else [*lines, f"baked all the same: {self.problem}"]
 
 
 @torch.no_grad()
@@ -150,12 +157,15 @@ def fit_shift(
     alpha: float = 1.0,
     multiples: Sequence[float] = MULTIPLES,
     wer_budget: float = WER_BUDGET,
+    anyway: bool = False,
 ) -> ShiftFit:
     """Fit a Shift to `steering` at `alpha`, choose its strength, and measure all of it on these clips.
 
     Clips: mono float32 at 16 kHz. references: what is said in the speech clips; None: what the plain model
     hears. alpha is folded in: bake the result at alpha 1 for the steering at `alpha`.
     Raises UsageError: no clips of one kind, or a steering without edits (a gate alone adds nothing).
+    ShiftRefused, unless `anyway`: no multiple keeps the WER within `wer_budget` of the plain model's, or none
+    that does lowers text-FPR or HR.
     """
     if not speech or not nonspeech:
         raise UsageError(f"{len(speech)} speech and {len(nonspeech)} non-speech clips: expected some of each")
@@ -177,32 +187,56 @@ def fit_shift(
                     multiple, truth, transcribe_clips(model, speech), transcribe_clips(model, nonspeech)
                 )
             )
-    allowed = rows[0].speech.wer.value + wer_budget
-    within = [row for row in rows if row.multiple and row.speech.wer.value <= allowed]
-    # none within the budget: the gentlest
-    best = min(within, key=_remaining) if within else min(rows[2:], key=lambda row: row.multiple or 0)
+    best, problem = _chosen(rows, wer_budget)
+    if problem is not None and not anyway:
+        raise ShiftRefused(f"{problem}: steer live with whisper_steer.steer, or bake it with --anyway")
     chosen = float(best.multiple or 0)
     at = "" if alpha == 1 else f" (alpha {alpha:g})"
     name = f"{steering.metadata.get('name') or 'steering'}-shift{at}"
     metadata = {**model_metadata(model), "name": name}
-    fit = ShiftFit(_shift(vectors, chosen, metadata), explained, tuple(rows), chosen)
+    fit = ShiftFit(_shift(vectors, chosen, metadata), explained, tuple(rows), chosen, problem)
     metadata["recipe"] = {"approximates": steering.metadata.get("name"), "alpha": alpha}
     metadata["rates"] = fit.record()
-    return ShiftFit(_shift(vectors, chosen, metadata), explained, fit.rows, chosen)
+    return replace(fit, steering=_shift(vectors, chosen, metadata))
+
+
+def _chosen(rows: Sequence[Measured], wer_budget: float) -> tuple[Measured, str | None]:
+    """The best of the Shifts, and what is wrong with it. rows: plain, the steering, then the Shifts."""
+    plain, shifts = rows[0], rows[2:]
+    within = [row for row in shifts if row.speech.wer.value <= plain.speech.wer.value + wer_budget]
+    # none within the budget: the gentlest
+    best = min(within, key=_remaining) if within else min(shifts, key=lambda row: row.multiple or 0)
+    if not within:
+        worst = "no strength of the Shift keeps the WER within {:.1f} points of the plain model's"
+        return best, f"{worst.format(100 * wer_budget)} ({_rates(rows)})"
+    if _remaining(best)[:2] >= _remaining(plain)[:2]:
+        return best, f"no strength of the Shift that keeps the WER makes fewer words ({_rates(rows)})"
+    return best, None
+
+
+def _rates(rows: Sequence[Measured]) -> str:
+    """Those of the plain model and of every Shift, in one line."""
+    named = [("plain" if row.multiple == 0 else f"x {row.multiple:g}", row) for row in (rows[0], *rows[2:])]
+    return "; ".join(
+        f"{name}: WER {row.speech.wer.value:.1%}, text-FPR {row.nonspeech.text_fpr.value:.1%}"
+        for name, row in named
+    )
 
 
 def fit_from_folder(
-    model_name: str | Path,
+    model: str | Path | Whisper,
     steering: Steering | str | Path | None,
     folder: str | Path,
     *,
     alpha: float = 1.0,
+    anyway: bool = False,
     download_root: str | Path | None = None,
 ) -> ShiftFit:
     """`fit_shift` on the recordings in folder/speech (each with its transcript in a .txt file beside it, or
-    none of them) and folder/nonspeech, for a model and a steering by name.
+    none of them) and folder/nonspeech, for a model and a steering, loaded or by name.
 
-    Raises UsageError (folders missing or empty, some transcripts missing), and what loading raises.
+    Raises UsageError (folders missing or empty, some transcripts missing), ShiftRefused (see `fit_shift`),
+    and what loading raises.
     """
     from whisper_steer.audio import find_audio, load_audio
     from whisper_steer.zoo import load_model, load_steering, steering_for
@@ -217,18 +251,22 @@ def fit_from_folder(
     present = [path.is_file() for path in texts]
     if any(present) and not all(present):
         raise UsageError(f"{texts[present.index(False)]} is missing: transcribe all of the clips, or none")
-    model = load_model(model_name, device="cpu", download_root=download_root)
+    name = str(model) if isinstance(model, (str, Path)) else model_name(model)
+    loaded = model
+    if not isinstance(loaded, Whisper):
+        loaded = load_model(loaded, device="cpu", download_root=download_root)
     if steering is None:
-        chosen = steering_for(model)
+        chosen = steering_for(loaded)
     else:
-        chosen = steering if isinstance(steering, Steering) else load_steering(steering, str(model_name))
+        chosen = steering if isinstance(steering, Steering) else load_steering(steering, name)
     return fit_shift(
-        model,
+        loaded,
         chosen,
         [load_audio(path) for path in clips["speech"]],
         [load_audio(path) for path in clips["nonspeech"]],
         references=[path.read_text(encoding="utf-8") for path in texts] if all(present) else None,
         alpha=alpha,
+        anyway=anyway,
     )
 
 
