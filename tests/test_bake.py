@@ -27,6 +27,9 @@ from whisper_steer.steering import Shift, Steering
 from whisper_steer.zoo import load_model
 
 ALPHA = 0.7
+# shared/reference/hallucination.md, "Where a shift goes in each runtime": largest difference between what the
+# encoder gives with the bias edited and with the hook
+REFERENCE = {"openai": 1e-6, "float32": 9.5e-7, "float16": 1.7e-3, "int8": 0.04}
 MEL = mel(2, (1, 80, 3000))
 
 
@@ -45,6 +48,11 @@ def hooked(model: Whisper, steering: Steering) -> torch.Tensor:
     """The encoder's output with the steering attached; (1, 1500, 64)."""
     with steer(model, alpha=ALPHA, steering=steering):
         return model.encoder(MEL)
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest, relative to the output where that is larger than 1: here it goes up to 6."""
+    return float(((found.detach() - wanted).abs() / wanted.abs().clamp(min=1)).max())
 
 
 @pytest.fixture
@@ -82,7 +90,7 @@ def test_openai_equals_the_hook(
 ) -> None:
     done = bake(plain["openai"], alpha=ALPHA, steering=steering, out=tmp_path / "baked.pt")
     assert (done.format, done.layers, done.patched, done.verified) == ("openai", (1, 3), ("plain.pt",), True)
-    assert (load_model(done.path, device="cpu").encoder(MEL) - hooked).abs().max() <= 2e-6
+    assert difference(load_model(done.path, device="cpu").encoder(MEL), hooked) <= REFERENCE["openai"]
     assert done.path.stat().st_size == plain["openai"].stat().st_size
     with zipfile.ZipFile(done.path) as archive:
         assert archive.testzip() is None  # the checksums inside fit
@@ -93,7 +101,7 @@ def test_transformers_equals_the_hook(
 ) -> None:
     done = bake(plain["transformers"], alpha=ALPHA, steering=steering, out=tmp_path / "baked")
     assert done.patched == ("model.safetensors",)
-    assert (load_transformers(done.path).encoder(MEL) - hooked).abs().max() <= 2e-6
+    assert difference(load_transformers(done.path).encoder(MEL), hooked) <= REFERENCE["openai"]
     assert set(contents(done.path)) == {*contents(plain["transformers"]), RECORD_FILE}
     # what did not change is not stored twice
     assert (done.path / "tokenizer.json").samefile(plain["transformers"] / "tokenizer.json")
@@ -113,13 +121,13 @@ def test_shards_and_pickled_weights(
     whole.unlink()
     done = bake(plain["transformers"], alpha=ALPHA, steering=steering, out=tmp_path / "baked")
     assert done.patched == ("a.safetensors", "b.safetensors")
-    assert (load_transformers(done.path).encoder(MEL) - hooked).abs().max() <= 2e-6
+    assert difference(load_transformers(done.path).encoder(MEL), hooked) <= REFERENCE["openai"]
     for name in (*shards, "model.safetensors.index.json"):
         (plain["transformers"] / name).unlink()
     torch.save(shards["a.safetensors"] | weights, plain["transformers"] / "pytorch_model.bin")
     done = bake(plain["transformers"], alpha=ALPHA, steering=steering, out=tmp_path / "bin")
     assert done.patched == ("pytorch_model.bin",)
-    assert (load_transformers(done.path).encoder(MEL) - hooked).abs().max() <= 2e-6
+    assert difference(load_transformers(done.path).encoder(MEL), hooked) <= REFERENCE["openai"]
 
 
 def test_ggml_bias_of_a_quantised_file(
@@ -132,24 +140,27 @@ def test_ggml_bias_of_a_quantised_file(
     assert np.allclose(added, constant_shifts(steering, ALPHA)[3], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    # the rounding of the unsteered model counts, too
-    [("float32", 5e-6), ("float16", 5e-3), ("int8", 0.06)],
-)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_ct2_equals_the_hook(
-    model: Whisper, steering: Steering, hooked: torch.Tensor, tmp_path: Path, dtype: str, tolerance: float
+    model: Whisper, steering: Steering, hooked: torch.Tensor, tmp_path: Path, dtype: str
 ) -> None:
+    """The hook is on the model before the conversion, so the runtime's own rounding counts, too: baking adds
+    nothing to what it is without. The reference's tolerance is held relative to the largest output."""
     pytest.importorskip("transformers", reason="pip install whisper-steer[hf]")
     import ctranslate2
 
     ctranslate2.set_log_level(40)  # float16 is computed as float32 on a CPU: no need to be told
+
+    def encoded(path: Path) -> torch.Tensor:
+        loaded = ctranslate2.models.Whisper(str(path))
+        return torch.from_numpy(np.array(loaded.encode(ctranslate2.StorageView.from_array(MEL.numpy()))))
+
     path = convert(model, "ct2", tmp_path / "ct2", dtype=dtype)
     done = bake(path, alpha=ALPHA, steering=steering, out=tmp_path / "baked")
-    assert (done.patched, done.verified) == (("model.bin",), False)
-    loaded = ctranslate2.models.Whisper(str(done.path))
-    encoded = np.array(loaded.encode(ctranslate2.StorageView.from_array(MEL.numpy())))
-    assert np.abs(encoded - hooked.numpy()).max() <= tolerance
+    assert (done.patched, done.verified) == (("model.bin",), dtype == "float32")
+    found = encoded(done.path)
+    assert difference(found, hooked) <= 1.1 * difference(encoded(path), model.encoder(MEL))
+    assert (found - hooked).abs().max() <= REFERENCE[dtype] * hooked.abs().max()
     assert contents(unbake(done.path)) == contents(path)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from whisper_steer.attach import steer
 from whisper_steer.cli import main
 from whisper_steer.convert import DTYPES, FORMATS, convert, default_path
 from whisper_steer.convert_hf import load_transformers, openai_name
-from whisper_steer.errors import UsageError
+from whisper_steer.errors import FormatError, UsageError
 from whisper_steer.ggml_file import read_layout
 from whisper_steer.steering import Steering
 from whisper_steer.transformers_folder import transformers_name, write_folder
@@ -180,3 +183,39 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--format", "ggml", "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["convert", "--format", "onnx"]) == 2
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("format", "size"),
+    # the weights are the largest file of a transformers folder, its tokenizer (2 MB) is written last
+    [("openai", 10**6), ("transformers", 10**6), ("ct2", 10**6), ("ggml", 10**6), ("tokenizer", 10**5)],
+)
+def test_a_full_disk(
+    model: Whisper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, size: int
+) -> None:
+    if format == "ct2":
+        pytest.importorskip("transformers", reason="pip install whisper-steer[hf]")
+    if format == "tokenizer":
+        monkeypatch.setattr("safetensors.torch.save_file", lambda weights, path, metadata: path.touch())
+        format = "transformers"
+    with files_of_at_most(size), pytest.raises(FormatError, match="^cannot write "):
+        convert(model, format, tmp_path / "not" / "there" / "yet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_files_have_the_same_mode(folder: Path) -> None:
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] and set(modes.values()) == {
+        modes["config.json"]
+    }

@@ -281,7 +281,7 @@ def test_bake_approximately_by_profile(
 
     asked: list[Any] = []
 
-    def fit(model: str, steering: Steering, folder: str, *, alpha: float, download_root: str | None) -> Any:
+    def fit(model: str, steering: Steering, folder: str, *, alpha: float, **options: Any) -> Any:
         asked.append((model, steering.name, folder, alpha))
         raise UsageError("nothing to fit on")
 

@@ -11,26 +11,38 @@ added, and the bytes that restore the original.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bake_files import fitting, format_of, splices_of
+from .bake_files import fitting, format_of, left_out, splices_of
 from .bake_record import (
     RECORD_FILE,
     RECORD_SUFFIX,
+    carried,
+    described,
     packed,
     read_records,
     record_path,
     renamed,
-    unpacked,
     write_record,
 )
-from .convert import FORMATS, check_dtype, convert, default_path, refuse_existing, write_new
+from .bake_undo import copy_folder, inside, unbake
+from .convert import (
+    FORMATS,
+    check_dtype,
+    convert,
+    default_path,
+    folder_name,
+    name_of,
+    plain_model,
+    refuse_existing,
+    refuse_inside,
+    workplace,
+    write_new,
+)
 from .errors import FormatError, UsageError
 from .splices import inverse, patch_file
 from .zoo import DEFAULT_MODEL
@@ -39,8 +51,13 @@ if TYPE_CHECKING:
     import numpy as np
     from whisper.model import Whisper
 
+    from calibration.shift_fit import ShiftFit
+
+    from .bake_check import View
     from .profiles import FrontierPoint
     from .steering import Steering
+
+__all__ = ["RECORD_FILE", "Baked", "bake", "constant_shifts", "unbake"]
 
 logger = logging.getLogger("whisper_steer")
 
@@ -50,7 +67,8 @@ class Baked:
     """What `bake` wrote. path: file or folder; record: its metadata file; layers: encoder blocks changed
     (0-based); patched: names of the files whose bytes changed; verified: the steering was found to be for
     exactly this encoder (False: only width and depth could be compared); profile: the name that alpha was
-    asked for by; measured: the steering's rates at that alpha, where its file has them."""
+    asked for by; measured: the steering's rates at that alpha, where its file has them; left_out: weights in
+    the folder that could not be patched, and are not in the result; fit: what `approximate` measured."""
 
     path: Path
     record: Path
@@ -62,6 +80,8 @@ class Baked:
     verified: bool
     profile: str | None = None
     measured: FrontierPoint | None = None
+    left_out: tuple[str, ...] = ()
+    fit: ShiftFit | None = None
 
 
 def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
@@ -84,6 +104,8 @@ def constant_shifts(steering: Steering, alpha: float) -> dict[int, np.ndarray]:
     for edit in steering.edits:
         delta = edit.delta(torch.zeros(1), alpha)  # a Shift's, which needs no activation
         total[edit.layer] = total.get(edit.layer, 0) + delta
+    if not all(bool(vector.isfinite().all()) for vector in total.values()):
+        raise UsageError(f"alpha {alpha:g} of {name} is beyond the range of float32: choose a smaller alpha")
     return {layer: vector.numpy() for layer, vector in total.items()}
 
 
@@ -97,6 +119,8 @@ def bake(
     steering: Steering | str | Path | None = None,
     dtype: str | None = None,
     again: bool = False,
+    approximate: str | Path | None = None,
+    anyway: bool = False,
     download_root: str | Path | None = None,
 ) -> Baked:
     """Write a model with `alpha` (1 by default) times a Shift in its weights; profile: the steering's alpha
@@ -107,116 +131,153 @@ def bake(
     anything that load_model takes, converted to `format` first. format None: that of the file. dtype: for the
     conversion, see convert.DTYPES. steering None: the one kept for the model. again: bake more into what is
     baked already. out: must not exist yet; None: named after the model, in the current folder.
+    approximate: a folder of recordings (speech, nonspeech): the best Shift in the place of `steering` at
+    `alpha` is fitted and measured on them, and baked (calibration.shift_fit); anyway: even if none is good.
 
     Raises UsageError (nothing that can be baked, baked already, `out` exists, ...), MismatchError (steering
-    of another model), ModelError, FormatError.
+    of another model), ModelError, FormatError, ShiftRefused (no Shift is good: see `approximate`).
     """
     from .attach import check_strength
 
     alpha = check_strength(alpha, profile)
-    if format is not None:
-        check_dtype(format, dtype)
-    source = Path(model).expanduser() if isinstance(model, (str, Path)) else None
-    own = format_of(source) if source is not None and source.exists() else None
-    if source is None or own is None or format not in (None, own):
-        return _bake_converted(model, alpha, profile, format, out, steering, dtype, download_root)
-    if dtype is not None:
-        raise UsageError(f"{source} is patched as it is and keeps its types: leave --dtype out")
-    records = read_records(source)
-    if records and not again:
-        raise UsageError(
-            f"{source} is baked already (alpha {records[-1]['alpha']:g} of {records[-1]['steering']}): "
-            "unbake it first, or pass --again to add more"
-        )
-    resolved = _resolve(steering, _readable(source, own) if steering is None else source)
+    if anyway and approximate is None:
+        raise UsageError("anyway is for approximate, which is not given: leave it out")
+    job = _Job.of(model, format, out, dtype, again)
+    resolved, verified = job.steering_for(steering, download_root)
     alpha = alpha if profile is None else resolved.alpha_of(profile)
-    additions = constant_shifts(resolved, alpha)
-    verified = _checked(resolved, source, own, records)
-    target = Path(out) if out is not None else Path(f"{source.resolve().stem}-baked{source.suffix}")
-    done = _write(source, target, own, additions, resolved, alpha, verified, records)
-    return _named(done, resolved, profile)
+    measured = None if profile is None else resolved.measured(alpha)
+    fit = None
+    if approximate is not None:
+        from calibration import shift_fit  # the only way up: what it fits is baked in the same breath
 
+        from .bake_check import unhashed
 
-def unbake(path: str | Path, out: str | Path | None = None) -> Path:
-    """Restore the original bytes of what `bake` wrote; returns where.
-
-    out None: in place, and the record goes; else a new file or folder. Raises UsageError (there is no record,
-    or `out` exists), FormatError (the files are not those that were baked).
-    """
-    source = Path(path).expanduser()
-    records = read_records(source)
-    if not records:
-        raise UsageError(
-            f"{source} has no record of baking ({record_path(source).name}): it cannot be restored"
+        heard = str(model) if job.loaded is None else job.loaded
+        fit = shift_fit.fit_from_folder(
+            heard,
+            unhashed(resolved),  # it was checked above, by how the weights are stored
+            approximate,
+            alpha=alpha,
+            anyway=anyway,
+            download_root=download_root,
         )
-    target = source if out is None else Path(out)
-    if out is not None:
+        resolved, alpha, measured = fit.steering, 1.0, None  # the fit is of the steering at alpha
+    additions = constant_shifts(resolved, alpha)
+    done = job.run(additions, resolved, alpha, verified)
+    return replace(done, profile=profile, measured=measured, fit=fit)
+
+
+@dataclass
+class _Job:
+    """What is baked into what. source: the file or folder given, if it is one of the four formats; own: its
+    format; records: what is baked into it already; target: what is written, in `format`; dtype: of the
+    conversion; loaded: the model, if it is to be converted."""
+
+    model: str | Path | Whisper
+    source: Path | None
+    own: str | None
+    format: str
+    target: Path
+    dtype: str | None
+    records: list[dict[str, Any]]
+    loaded: Whisper | None = field(default=None, init=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | Whisper,
+        format: str | None,
+        out: str | Path | None,
+        dtype: str | None,
+        again: bool,
+    ) -> _Job:
+        """Refuses, with a UsageError, what can be refused before anything is read or fitted."""
+        if format is not None:
+            check_dtype(format, dtype)
+        source = Path(model).expanduser() if isinstance(model, (str, Path)) else None
+        own = format_of(source) if source is not None and source.exists() else None
+        if source is None or own is None:
+            source = None
+        if format is None and own is None:
+            raise UsageError(
+                f"format is missing: expected one of {', '.join(FORMATS)}, as {model} has none of them"
+            )
+        wanted = format or str(own)
+        if wanted == own and dtype is not None:
+            raise UsageError(f"{source} is patched as it is and keeps its types: leave --dtype out")
+        records = [] if source is None else read_records(source)
+        if records and not again:
+            raise UsageError(
+                f"{source} is baked already ({described(records)}): unbake it first, or pass --again to add "
+                "more"
+            )
+        target = Path(out).expanduser() if out is not None else _default_target(model, source, own, wanted)
         refuse_existing(target)
-    restored: dict[str, bool] = {}
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".unbake.") as work:
-        for record in reversed(records):
-            for name, change in record["files"].items():
-                current = Path(work) / name if name in restored else _inside(source, name)
-                applied = patch_file(current, Path(work) / name, unpacked(change["restore"]))
-                if applied.sha256_before != change["sha256_after"]:
-                    raise FormatError(f"{current} was changed after it was baked: it cannot be restored")
-                if applied.sha256_after != change["sha256_before"]:
-                    raise FormatError(f"{record_path(source)} is damaged: the original would not come back")
-                restored[name] = True
-        _put_back(source, target, Path(work), list(restored))
-    return target
+        if source is not None and wanted == own:
+            refuse_inside(target, source)
+        return cls(model, source, own, wanted, target, dtype, records)
+
+    @property
+    def is_converted(self) -> bool:
+        return self.own != self.format
+
+    def steering_for(
+        self, steering: Steering | str | Path | None, download_root: str | Path | None
+    ) -> tuple[Steering, bool]:
+        """The steering, and whether it was found to be for exactly this encoder. Raises MismatchError."""
+        from .bake_check import checked, checked_by_record, kept_for, view_of
+        from .zoo import steering_for
+
+        view: View | None = None
+        if self.source is not None:
+            view = view_of(self.source, str(self.own), name_of(self.source))
+        if self.is_converted:
+            self.loaded = plain_model(self.model, download_root)
+        if view is None or self.source is None:
+            loaded: Any = self.loaded
+            found = steering_for(loaded) if steering is None else _resolve(steering, loaded)
+            found.check(loaded)
+            return found, True
+        found = kept_for(view, self.source) if steering is None else _resolve(steering, view)
+        if self.records:
+            return found, checked_by_record(found, self.records, self.source)
+        return found, checked(found, view, self.source)
+
+    def run(
+        self, additions: Mapping[int, np.ndarray], steering: Steering, alpha: float, verified: bool
+    ) -> Baked:
+        """Patch the source, or its conversion in a temporary place."""
+        if not self.is_converted:
+            source, records = Path(str(self.source)), self.records
+            return _write(source, self.target, self.format, additions, steering, alpha, verified, records)
+        with workplace(self.target, f".{self.target.name}.{secrets.token_hex(4)}.bake") as work:
+            try:
+                work.mkdir()
+            except OSError as error:
+                raise FormatError(f"cannot write {self.target}: {error.strerror or error}") from error
+            place = work / self.target.name
+            source = convert(self.loaded, self.format, place, dtype=self.dtype)  # type: ignore[arg-type]
+            records = carried(self.records)
+            return _write(source, self.target, self.format, additions, steering, alpha, verified, records)
 
 
-def _put_back(source: Path, target: Path, work: Path, names: Sequence[str]) -> None:
-    """Move the restored files from `work` to where they belong."""
-    if target == source:
-        for name in names:
-            os.replace(work / name, _inside(source, name))
-        record_path(source).unlink()
-    elif source.is_dir():
-        write_new(target, lambda folder: _copy_folder(source, folder, {name: work / name for name in names}))
-    else:
-        write_new(target, lambda file: os.replace(work / names[0], file))
-
-
-def _bake_converted(
-    model: str | Path | Whisper,
-    alpha: float,
-    profile: str | None,
-    format: str | None,
-    out: str | Path | None,
-    steering: Steering | str | Path | None,
-    dtype: str | None,
-    download_root: str | Path | None,
-) -> Baked:
-    """Load, check, convert to a temporary place, and patch that."""
-    from .zoo import load_model
-
-    if format is None:
-        raise UsageError(
-            f"format is missing: expected one of {', '.join(FORMATS)}, as {model} has none of them"
-        )
-    loaded = model
-    if isinstance(model, (str, Path)):
-        loaded = load_model(model, device="cpu", download_root=download_root)
-    resolved = _resolve(steering, loaded)
-    alpha = alpha if profile is None else resolved.alpha_of(profile)
-    additions = constant_shifts(resolved, alpha)
-    resolved.check(loaded)
-    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name", None) or "model")
-    plain = default_path(name, format)
+def _default_target(model: str | Path | Whisper, source: Path | None, own: str | None, format: str) -> Path:
+    """mini.en-ct2-baked, mini.en-baked.pt, ggml-mini.en-baked.bin, in the current folder."""
+    if source is not None and own == format:
+        suffix = "" if source.is_dir() else source.suffix
+        return Path(f"{folder_name(source).removesuffix(suffix)}-baked{suffix}")
+    plain = default_path(name_of(model), format)
     suffix = plain.suffix if format in ("openai", "ggml") else ""
-    target = Path(out) if out is not None else Path(f"{plain.name.removesuffix(suffix)}-baked{suffix}")
-    refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bake.") as work:
-        converted = convert(loaded, format, Path(work) / target.name, dtype=dtype)  # type: ignore[arg-type]
-        done = _write(converted, target, format, additions, resolved, alpha, True, [])
-    return _named(done, resolved, profile)
+    return Path(f"{plain.name.removesuffix(suffix)}-baked{suffix}")
 
 
-def _named(done: Baked, steering: Steering, profile: str | None) -> Baked:
-    return done if profile is None else replace(done, profile=profile, measured=steering.measured(done.alpha))
+def _resolve(steering: Steering | str | Path, model: Any) -> Steering:
+    from .steering import Steering
+    from .zoo import load_steering
+
+    if isinstance(steering, Steering):
+        return steering
+    return load_steering(steering, getattr(model, "name", None))
 
 
 def _write(
@@ -231,9 +292,9 @@ def _write(
 ) -> Baked:
     name = str(steering.metadata.get("name") or "shift")
     fitting(source, format, steering.d_model, tuple(additions), name)
-    refuse_existing(target)
     changes = splices_of(source, format, additions)
     patched = tuple(sorted(changes))
+    without = tuple(left_out(source, format, patched) if source.is_dir() else ())
     record: dict[str, Any] = {
         "alpha": alpha,
         "steering": name,
@@ -241,13 +302,17 @@ def _write(
         "encoder_sha256": steering.metadata.get("encoder_sha256"),
         "format": format,
         "layers": sorted(additions),
-        "norms": {str(layer): float((vector**2).sum() ** 0.5) for layer, vector in additions.items()},
+        "norms": {
+            str(layer): float((vector.astype("f8") ** 2).sum() ** 0.5) for layer, vector in additions.items()
+        },
         "verified": verified,
+        "left_out": list(without),
+        **_measured(steering),
         "files": {},
     }
 
     def patch(file: str, into: Path) -> None:
-        applied = patch_file(_inside(source, file), into, changes[file])
+        applied = patch_file(inside(source, file), into, changes[file])
         if records:
             before = records[-1]["files"].get(file, {}).get("sha256_after", applied.sha256_before)
             if before != applied.sha256_before:
@@ -264,7 +329,7 @@ def _write(
         folder.mkdir()
         for file in patched:
             patch(file, folder / file)
-        _copy_folder(source, folder, {}, skip=patched)
+        copy_folder(source, folder, {}, skip=(*patched, *without))
         write_record(folder / RECORD_FILE, [*records, record])
 
     def write_file(file: Path) -> None:
@@ -273,74 +338,16 @@ def _write(
         write_record(target.with_name(target.name + RECORD_SUFFIX), [*renamed(records, target.name), record])
 
     write_new(target, write_folder if source.is_dir() else write_file)
+    if without:
+        logger.warning("%s: left out, as it is not baked: %s", target, ", ".join(without))
+    layers = tuple(sorted(additions))
     where = record_path(target)
-    return Baked(target, where, format, alpha, name, tuple(sorted(additions)), patched, verified)
+    return Baked(target, where, format, alpha, name, layers, patched, verified, left_out=without)
 
 
-def _copy_folder(source: Path, folder: Path, replaced: Mapping[str, Path], skip: Sequence[str] = ()) -> None:
-    """Hard links (copies where that is not possible) of all files; `replaced` are moved in; no record."""
-    folder.mkdir(exist_ok=True)
-    for file in sorted(source.rglob("*")):
-        name = file.relative_to(source)
-        if not file.is_file() or str(name) in (*skip, RECORD_FILE):
-            continue
-        place = folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) in replaced:
-            os.replace(replaced[str(name)], place)
-            continue
-        try:
-            os.link(file.resolve(), place)
-        except OSError:
-            shutil.copy2(file, place)
-
-
-def _inside(source: Path, name: str) -> Path:
-    """A file of a folder; the file itself otherwise."""
-    if Path(name).name != name:
-        raise FormatError(f"{name!r} in the record of {source} is not a plain file name")
-    return source / name if source.is_dir() else source
-
-
-# ---------- whose steering it is
-
-
-def _resolve(steering: Steering | str | Path | None, model: Any) -> Steering:
-    from . import zoo
-    from .steering import Steering
-
-    if isinstance(steering, Steering):
-        return steering
-    if steering is not None:
-        return zoo.load_steering(steering, getattr(model, "name", None))
-    return zoo.steering_for(model)
-
-
-def _readable(source: Path, format: str) -> Whisper:
-    """The model in a file whose weights tell which one it is."""
-    from .loading import load_path
-
-    if format not in ("openai", "transformers"):
-        raise UsageError(
-            f"steering is missing: {source} does not tell which model it is, pass --steering FILE"
-        )
-    return load_path(source)[0]
-
-
-def _checked(steering: Steering, source: Path, format: str, records: Sequence[dict[str, Any]]) -> bool:
-    """True if the encoder in `source` is the steering's; False where it was rounded and cannot be told.
-
-    Raises MismatchError if it is another one.
-    """
-    own = steering.metadata.get("encoder_sha256")
-    if own is None:
-        return False
-    if records:  # the weights have moved; what was recorded before still tells
-        return bool(records[0].get("encoder_sha256") == own and records[0].get("verified"))
-    if format in ("openai", "transformers"):
-        steering.check(_readable(source, format))
-        return True
-    logger.warning(
-        "%s is rounded for its runtime: that it is the model of the steering is not checked", source
-    )
-    return False
+def _measured(steering: Steering) -> dict[str, Any]:
+    """What was measured of a Shift that stands for another steering."""
+    recipe = steering.metadata.get("recipe") or {}
+    if "approximates" not in recipe:
+        return {}
+    return {"recipe": recipe, "rates": steering.metadata.get("rates")}

@@ -1,4 +1,7 @@
-"""The record beside what was baked (JSON): what was added, and the bytes that restore the original."""
+"""The record beside what was baked (JSON): what was added, and the bytes that restore the original.
+
+A record without files is of something that was baked before the model was converted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import FormatError
+from .errors import FormatError, UsageError
 from .fileformat import write_atomically
 from .splices import Splice
 
@@ -57,7 +60,30 @@ def read_records(source: Path) -> list[dict[str, Any]]:
 
 def renamed(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Records of a single file under its new name."""
-    return [{**record, "files": {name: next(iter(record["files"].values()))}} for record in records]
+    return [
+        {**record, "files": dict(zip([name], record["files"].values(), strict=False))} for record in records
+    ]
+
+
+def carried(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of what was baked before the weights were written anew, in another format: it is still in
+    them, but the bytes that restore the original do not fit any more."""
+    return [{**record, "files": {}} for record in records]
+
+
+def refuse_stray(target: Path) -> None:
+    """Raises UsageError if the record of an earlier file of this name is there: a file without anything baked
+    would look baked."""
+    record = target.with_name(target.name + RECORD_SUFFIX)
+    if record.is_file():
+        raise UsageError(
+            f"{record} is the record of another {target.name}: remove it, or choose another --out"
+        )
+
+
+def described(records: Sequence[Mapping[str, Any]]) -> str:
+    """The last one in a few words."""
+    return f"alpha {records[-1]['alpha']:g} of {records[-1]['steering']}"
 
 
 def packed(splice: Splice) -> dict[str, Any]:

@@ -7,18 +7,31 @@ CTranslate2's files are made by its own converter out of a transformers folder; 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .bake_record import (
+    RECORD_FILE,
+    carried,
+    described,
+    read_records,
+    record_path,
+    refuse_stray,
+    write_record,
+)
 from .errors import FormatError, UsageError
 from .zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
+
+logger = logging.getLogger("whisper_steer")
 
 FORMATS = ("openai", "transformers", "ct2", "ggml")
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -51,22 +64,34 @@ def convert(
 
     model: what load_model takes (a CTranslate2 folder and a whisper.cpp file too), or a plain loaded model.
     format: one of FORMATS. out: must not exist yet; None: named after model and format, in the current
-    folder. dtype: one of DTYPES[format]; None: its first.
+    folder. dtype: one of DTYPES[format]; None: its first. A baked model stays baked: its record goes
+    along.
 
     Raises UsageError (unknown format or dtype, `out` exists, a package is missing, the model is steered),
     ModelError and FormatError (cannot be loaded or written).
     """
     kind = check_dtype(format, dtype)
-    target = Path(out) if out is not None else default_path(_name_of(model), format)
+    target = Path(out) if out is not None else default_path(name_of(model), format)
     refuse_existing(target)
-    plain = _plain(model, download_root)
+    records = _records_of(model)
+    if not records:
+        refuse_stray(target)
+    plain = plain_model(model, download_root)
     writers: dict[str, Callable[[Path], None]] = {
         "openai": lambda path: _write_checkpoint(plain, path, kind),
         "transformers": lambda path: _write_transformers(plain, path, kind),
         "ct2": lambda path: _write_ct2(plain, path, kind),
         "ggml": lambda path: _write_ggml(plain, path, kind),
     }
-    write_new(target, writers[format])
+
+    def write(path: Path) -> None:
+        writers[format](path)
+        if records:
+            write_record(path / RECORD_FILE if path.is_dir() else record_path(target), records)
+
+    write_new(target, write)
+    if records:
+        logger.warning("%s is baked (%s), and so is %s", model, described(records), target)
     return target
 
 
@@ -87,9 +112,19 @@ def default_path(name: str, format: str) -> Path:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises UsageError if something of that name is there already."""
-    if target.exists():
+    """Raises UsageError if something of that name is there already, or if there can be nothing: one of the
+    folders in its path is a file."""
+    if os.path.lexists(target):
         raise UsageError(f"{target} exists already: choose another --out, or remove it first")
+    above = next((folder for folder in target.parents if os.path.exists(folder)), None)
+    if above is not None and not above.is_dir():
+        raise UsageError(f"{target} cannot be made, as {above} is a file: choose another --out")
+
+
+def refuse_inside(target: Path, source: Path) -> None:
+    """Raises UsageError if the folder `source`, whose files are taken over, would hold its own result."""
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise UsageError(f"{target} is inside of {source}: choose an --out elsewhere")
 
 
 def write_new(target: Path, write: Callable[[Path], None]) -> None:
@@ -97,29 +132,74 @@ def write_new(target: Path, write: Callable[[Path], None]) -> None:
 
     Raises FormatError if it cannot be written; nothing is left behind then.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with workplace(target, f".{target.name}.{secrets.token_hex(4)}.tmp") as temporary:
+        try:
+            write(temporary)
+            os.rename(temporary, target)
+        except OSError as error:
+            raise FormatError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextmanager
+def workplace(target: Path, name: str) -> Iterator[Path]:
+    """A path of that name beside `target`, for a file or folder that is gone in the end; folders above it are
+    made, and stay unless there is an error. Raises FormatError if they cannot be."""
+    target = Path(os.path.abspath(target))
+    missing = [folder for folder in target.parents if not os.path.exists(folder)]
+    temporary = target.with_name(name)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.rename(temporary, target)
-    except OSError as error:
-        raise FormatError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FormatError(f"cannot write {target}: {error.strerror or error}") from error
+        yield temporary
+    except BaseException:
+        _remove(temporary)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
+    _remove(temporary)
 
 
-def _name_of(model: str | Path | Whisper) -> str:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def name_of(model: str | Path | Whisper) -> str:
+    """What a model is called, without what converters add: files and folders are named after it.
+
+    A folder in the hub's cache has the name of its repository.
+    """
     if not isinstance(model, (str, Path)):
         return str(getattr(model, "name", None) or "model")
     from .convert_from import runtime_name
 
-    return runtime_name(Path(model).expanduser()) or str(model)
+    path = Path(model).expanduser()
+    return (runtime_name(path) or folder_name(path)) if path.exists() else str(model)
 
 
-def _plain(model: str | Path | Whisper, download_root: str | Path | None) -> Whisper:
+def folder_name(path: Path) -> str:
+    """The name of a file or folder; of a folder in the hub's cache, that of its repository."""
+    whole = Path(os.path.abspath(path))
+    if whole.parent.name == "snapshots":
+        return whole.parent.parent.name.rpartition("--")[2] or whole.name
+    return whole.name
+
+
+def _records_of(model: str | Path | Whisper) -> list[dict[str, Any]]:
+    """What was baked into a file or folder, as its conversion records it."""
+    if not isinstance(model, (str, Path)):
+        return []
+    return carried(read_records(Path(model).expanduser()))
+
+
+def plain_model(model: str | Path | Whisper, download_root: str | Path | None) -> Whisper:
+    """The model as it is or as it is loaded, on the CPU. Raises UsageError if it is steered, ModelError."""
     from .attach import handles_of
     from .zoo import load_model
 
@@ -135,7 +215,10 @@ def _write_checkpoint(model: Whisper, path: Path, dtype: str) -> None:
 
     kind = getattr(torch, dtype)
     state = {name: tensor.detach().cpu().to(kind).clone() for name, tensor in model.state_dict().items()}
-    torch.save({"dims": dataclasses.asdict(model.dims), "model_state_dict": state}, path)
+    try:
+        torch.save({"dims": dataclasses.asdict(model.dims), "model_state_dict": state}, path)
+    except RuntimeError as error:  # of its own writer in C++, which does not say why
+        raise FormatError(f"cannot write {path.parent}: torch.save failed, is the disk full?") from error
 
 
 def _write_transformers(model: Whisper, path: Path, dtype: str) -> None:

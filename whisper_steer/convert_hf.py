@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,17 +187,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def weight_sets(folder: Path) -> list[list[str]]:
+    """Names of the files of every set of weights in the folder, each a whole model: first the one that is
+    loaded. Raises FormatError: there is none, or the first one's index is damaged."""
+    sets: list[list[str]] = []
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return _read_tensors(folder / name)
+            sets.append([name])
         index = folder / (name + INDEX_SUFFIX)
         if index.is_file():
-            weights: dict[str, Tensor] = {}
-            for shard in shard_names(index):
-                weights.update(_read_tensors(folder / shard))
-            return weights
-    raise FormatError(f"no weights; expected {' or '.join(WEIGHTS)}, whole or sharded")
+            try:
+                sets.append(shard_names(index))
+            except FormatError:
+                if not sets:
+                    raise
+    if not sets:
+        raise FormatError(f"no weights; expected {' or '.join(WEIGHTS)}, whole or sharded")
+    return sets
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name in weight_sets(folder)[0]:
+        weights.update(_read_tensors(folder / name))
+    return weights
 
 
 def shard_names(index: Path) -> list[str]:
@@ -231,7 +245,15 @@ def read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        raise FormatError(f"{path} is damaged or not a torch checkpoint ({_first_line(error)})") from error
+        raise FormatError(f"{path} is damaged or not a torch checkpoint ({load_failure(error)})") from error
+
+
+def load_failure(error: Exception) -> str:
+    """Why torch.load failed, in a few words; never torch's advice to run the code in the file."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return _first_line(error)
+    found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+    return f"it holds a {found[1]}, not tensors alone" if found else "it does not hold tensors"
 
 
 def _first_line(error: Exception) -> str:

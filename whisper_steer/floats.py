@@ -50,4 +50,6 @@ def added(data: bytes, dtype: str, shape: tuple[int, ...], addition: np.ndarray,
     vector = np.asarray(addition, np.float32)
     if vector.shape != shape:
         raise UsageError(f"{name} has shape {shape}, what is added has {vector.shape}")
-    return to_bytes(from_bytes(data, dtype, shape) + vector, dtype, name)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = from_bytes(data, dtype, shape) + vector
+    return to_bytes(total, dtype, name)

@@ -25,6 +25,7 @@ import numpy as np
 
 from .errors import FormatError, UsageError
 from .fileformat import write_atomically
+from .floats import added
 from .ggml_quant import BY_NAME as TYPE_BY_NAME
 from .ggml_quant import TYPES, decode, encode
 from .splices import Splice
@@ -115,7 +116,7 @@ def addition_splices(source: BinaryIO, additions: Mapping[str, np.ndarray], name
     """Splices that add `additions[tensor]` (float, of the tensor's shape) to f32 tensors; `name` is for
     messages.
 
-    Raises FormatError (unreadable, no such tensor), UsageError (wrong shape, or not f32).
+    Raises FormatError (unreadable, no such tensor), UsageError (wrong shape, not f32, or a sum beyond f32).
     """
     layout = parse_layout(source, name)
     splices = []
@@ -123,14 +124,11 @@ def addition_splices(source: BinaryIO, additions: Mapping[str, np.ndarray], name
         tensor = layout.tensors.get(key)
         if tensor is None:
             raise FormatError(f"{name} has no tensor {key} among its {len(layout.tensors)}")
-        added = np.asarray(addition, np.float32)
         if tensor.kind != "f32":
             raise UsageError(f"{key} is {tensor.kind}: only an f32 tensor can be added to")
-        if added.shape != tensor.shape:
-            raise UsageError(f"{key} has shape {tensor.shape}, what is added has {added.shape}")
         source.seek(tensor.offset)
         old = source.read(tensor.nbytes)
-        splices.append(Splice(tensor.offset, old, encode(decode(old, "f32", tensor.shape) + added, "f32")))
+        splices.append(Splice(tensor.offset, old, added(old, "float32", tensor.shape, addition, key)))
     return splices
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .convert_hf import CONFIG, GENERATION_CONFIG, MODULES, OUTSIDE_BLOCKS, WEIGHTS
-from .errors import UsageError
+from .errors import FormatError, UsageError
 from .transformers_settings import generation_config, model_config, tokenizer_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def transformers_name(name: str) -> str:
 def write_folder(model: Whisper, folder: Path, dtype: str = "float32") -> None:
     """Write `model` into an existing, empty folder; floats as `dtype`, one of DTYPES.
 
-    Raises UsageError: unknown dtype.
+    Raises UsageError: unknown dtype; OSError, FormatError: it cannot be written.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if dtype not in DTYPES:
@@ -63,7 +65,11 @@ def write_folder(model: Whisper, folder: Path, dtype: str = "float32") -> None:
         transformers_name(name): tensor.detach().cpu().to(kind).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+    except SafetensorError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise FormatError(f"cannot write the weights to {folder.parent}: {reason}") from error
     words = _Words(model)
     files = {
         CONFIG: {**_KIND, **model_config(model, words.own), "torch_dtype": dtype},
@@ -73,7 +79,8 @@ def write_folder(model: Whisper, folder: Path, dtype: str = "float32") -> None:
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    words.tokenizer().save(str(folder / TOKENIZER))
+    (folder / TOKENIZER).write_text(words.tokenizer().to_str(pretty=True), encoding="utf-8")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS[0])  # safetensors makes it readable by its owner alone
 
 
 class _Words:

@@ -31,6 +31,12 @@ Approximate = Annotated[
         "FOLDER/speech (transcripts in .txt files beside them) and FOLDER/nonspeech, and bake that.",
     ),
 ]
+Anyway = Annotated[
+    bool,
+    typer.Option(
+        "--anyway", help="With --approximate: bake the Shift even if it loses words or makes no fewer."
+    ),
+]
 Path_ = Annotated[str, typer.Argument(metavar="PATH", help="File or folder that bake has written.")]
 
 
@@ -44,43 +50,42 @@ def bake(
     dtype: Dtype = None,
     again: Again = False,
     approximate: Approximate = None,
+    anyway: Anyway = False,
     as_json: options.Json = False,
     model_dir: options.ModelDir = None,
 ) -> None:
     """Write a model with a Shift in its weights: steered in its own runtime, at no cost, without a plugin."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ..bake import bake as bake_model
     from .output import print_json
     from .strength import announce, check_one, steering_of
 
     check_one(alpha, profile)
-    fit = None
-    if approximate is not None:
-        from calibration.shift_fit import fit_from_folder
-
-        fitted: Steering | str | None = steering
-        if profile is not None:
-            fitted = steering_of(model, steering, model_dir)
-            alpha = fitted.alpha_of(profile)
-            announce(profile, alpha, fitted.measured(alpha))
-        strength = 1.0 if alpha is None else alpha
-        fit = fit_from_folder(model, fitted, approximate, alpha=strength, download_root=model_dir)
+    chosen: Steering | str | None = steering
+    if approximate is not None and profile is not None:  # what is fitted for minutes is said before
+        chosen = steering_of(model, steering, model_dir)
+        alpha = chosen.alpha_of(profile)
+        announce(profile, alpha, chosen.measured(alpha))
+        profile = None
     done = bake_model(
         model,
-        alpha=alpha if fit is None else 1.0,  # the fit is of the steering at alpha
-        profile=profile if fit is None else None,
+        alpha=alpha,
+        profile=profile,
         format=format,
         out=out,
-        steering=steering if fit is None else fit.steering,
+        steering=chosen,
         dtype=dtype,
         again=again,
+        approximate=approximate,
+        anyway=anyway,
         download_root=model_dir,
     )
+    fit = done.fit
     announce(done.profile, done.alpha, done.measured)
     if as_json:
-        record = {**asdict(done), "path": str(done.path), "record": str(done.record)}
-        print_json(record if fit is None else {**record, "fit": fit.record()})
+        record = {**asdict(replace(done, fit=None)), "path": str(done.path), "record": str(done.record)}
+        print_json({**record, "fit": None if fit is None else fit.record()})
         return
     if fit is not None:
         for line in fit.lines():
