@@ -114,3 +114,23 @@ def test_words_over_noise_are_there_at_0_and_gone_at_1(
     assert before["noise"] and before["music"]
     assert (after["noise"], after["music"]) == ("", "")
     assert before["speech"].startswith(SENTENCE) and after["speech"].startswith(SENTENCE)
+
+
+def test_same_words_as_the_hook(
+    model: Whisper, clips: dict[str, np.ndarray], plain_words: dict, tmp_path: Path
+) -> None:
+    """A shift in an f16 file does to whisper.cpp what it does to openai-whisper's own encoder as a hook, on
+    the same weights: mini.en's are float16's."""
+    vector = torch.randn(model.dims.n_audio_state, generator=torch.Generator().manual_seed(0))
+    shift = Steering((Shift(2, vector, 15.0),), metadata={**model_metadata(model), "name": "random"})
+    options = DecodingOptions(language="en", fp16=False, without_timestamps=True, suppress_blank=False)
+    hook = model.encoder.blocks[2].register_forward_hook(lambda module, args, x: x + 15.0 * vector)
+    try:
+        mels = {name: whisper.log_mel_spectrogram(whisper.pad_or_trim(clip)) for name, clip in clips.items()}
+        hooked = {name: whisper.decode(model, mel, options).text.strip() for name, mel in mels.items()}
+    finally:
+        hook.remove()
+    baked = bake(convert(model, "ggml", tmp_path / "plain.bin"), steering=shift, out=tmp_path / "baked.bin")
+    assert baked.verified
+    assert words(baked.path, clips) == hooked
+    assert hooked != {name: plain_words[name].text for name in CLIPS} and all(hooked.values())
