@@ -216,7 +216,9 @@ def test_without_a_steering_the_bundled_one_is_taken(tiny_whisper, tmp_path, mon
     monkeypatch.setattr(zoo, "cache_dir", lambda: tmp_path / "none")
     folder = tmp_path / "mini.en"
     folder.mkdir()
-    with pytest.raises(MismatchError, match="no steering is kept for the model unnamed"):
+    with pytest.raises(
+        MismatchError, match=r"no steering is kept for this model, which has no name \(d_model 64"
+    ):
         steer(tiny_whisper)
     Steering((shift(),), metadata=model_metadata(tiny_whisper)).save(folder / "steering.safetensors")
     Steering((shift(2),)).save(folder / "steering-other.safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from faster_models import mini_ct2
 
+from whisper_steer.bake_record import record_path, write_record
 from whisper_steer.ct2_encoder import Ct2View, load_encoder, plain_name, run_encoder
 from whisper_steer.errors import FormatError
 from whisper_steer.fileformat import encoder_sha256
@@ -48,10 +49,22 @@ def test_hash_of_the_weights_is_that_of_the_model() -> None:
         ("mini.en-ct2-int8", "mini.en"),
         ("large-v3-turbo", "large-v3-turbo"),
         ("folder/", "folder"),
+        ("ct2-int8", "ct2-int8"),
+        ("me/faster-whisper", "faster-whisper"),
     ],
 )
 def test_plain_name(given: str, name: str) -> None:
     assert plain_name(given) == name
+
+
+def test_a_folder_named_after_what_it_holds(tmp_path: Path) -> None:
+    for around, name in (("mini.en", "mini.en"), ("faster-whisper-small.en", "small.en"), ("x", "ct2-int8")):
+        folder = tmp_path / around / "ct2-int8"
+        folder.mkdir(parents=True)
+        assert plain_name(folder) == name
+    record = {"files": {}, "alpha": 1.0, "steering": "shift", "base_model": "mine"}
+    write_record(record_path(folder), [record])
+    assert plain_name(folder) == "mine"
 
 
 def test_what_is_no_encoder(tmp_path: Path) -> None:

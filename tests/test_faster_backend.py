@@ -8,6 +8,7 @@ from typing import Any
 
 import faster_whisper
 import pytest
+import torch
 from faster_models import CPU, clip, mini_ct2
 
 import whisper_steer
@@ -16,7 +17,8 @@ from whisper_steer.backends.faster import FasterBackend
 from whisper_steer.cli import main
 from whisper_steer.errors import ModelError, UsageError
 from whisper_steer.faster import WhisperModel
-from whisper_steer.zoo import bundled_dir
+from whisper_steer.fileformat import encoder_sha256
+from whisper_steer.zoo import bundled_dir, load_model
 
 SPOKEN = " No, Sarah did not cover the little cat. Who has a blue coat?"
 INVENTED = "Thank you for watching."
@@ -84,16 +86,53 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         make_backend("faster", tmp_path).load()
     with pytest.raises(ModelError, match="faster-whisper cannot load mini.en"):
         FasterBackend("mini.en").load()
+    damaged = tmp_path / "mini.en-ct2"
+    damaged.mkdir()
+    (damaged / "model.bin").write_bytes(mini_ct2().joinpath("model.bin").read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"fetch or convert the model again if its files are damaged$"):
+        FasterBackend(damaged).load()
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="pass device cpu, or repair CUDA$"):
+            FasterBackend(mini_ct2(), device="cuda").load()
     with pytest.raises(UsageError, match="device 'mps' is not one of faster-whisper's"):
         FasterBackend(mini_ct2(), device="mps").load()
     with pytest.raises(UsageError, match="model is a int"):
         make_backend("faster", 3)
 
 
-def test_choice_of_a_backend(model: WhisperModel) -> None:
+def test_choice_of_a_backend(model: WhisperModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert backend_for(model)[0] == backend_for(mini_ct2())[0] == "faster"
-    assert backend_for("Systran/faster-whisper-small")[0] == "faster"
-    assert backend_for("mini.en")[0] == backend_for("openai/whisper-tiny")[0] == "openai"
+    for name in ("Systran/faster-whisper-x", "Systran/faster-distil-whisper-x", "me/x-ct2"):
+        assert backend_for(name)[0] == "faster"  # the hub is not at hand: by its name
+    assert backend_for("mini.en")[0] == backend_for("someone/whisper-x")[0] == "openai"
+
+
+def test_what_a_hub_model_is_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = {"me/x": ["model.bin", "config.json"], "me/faster-y": ["model.bin", "model.safetensors"]}
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name: lists[name])
+    assert [backend_for(name, tmp_path)[0] for name in lists] == ["faster", "openai"]
+
+
+def test_a_hub_model_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For the backends openai and transformers, and for convert, it is read out of CTranslate2's format."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "models--me--distil-mini.en-ct2"
+    (repo / "snapshots").mkdir(parents=True)
+    (repo / "snapshots" / ("0" * 40)).symlink_to(mini_ct2())
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    name, place = "me/distil-mini.en-ct2", ["--model-dir", str(tmp_path)]
+    assert backend_for(name, tmp_path)[0] == "faster"
+    loaded, own = load_model(name, device="cpu", download_root=tmp_path), load_model("mini.en", device="cpu")
+    assert loaded.name == "distil-mini.en" and encoder_sha256(loaded) == encoder_sha256(own)
+    heard = whisper_steer.transcribe(clip("noise"), name, download_root=tmp_path, device="cpu")
+    assert (heard.text, len(heard.suppressed), heard.model) == ("", 1, "distil-mini.en")
+    words = ["convert", "--model", name, "--format", "openai", "--out", str(tmp_path / "x.pt"), *place]
+    assert main(words) == 0 and (tmp_path / "x.pt").is_file()
+    assert encoder_sha256(load_model(tmp_path / "x.pt", device="cpu")) == encoder_sha256(own)
 
 
 def test_the_command_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

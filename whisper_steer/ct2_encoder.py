@@ -39,6 +39,8 @@ _EXACT_TYPES = ("float32", "float16")
 _DECORATION = re.compile(
     r"^(faster-|ct2-|whisper-)+|([-_.](ct2|ctranslate2|float32|float16|bfloat16|int16|int8))+$"
 )
+# folders that are named after what they hold, not after the model: "ct2-int8", "ctranslate2"
+_NAMELESS = re.compile(r"(faster|whisper|model|ct2|ctranslate2|b?float16|float32|int16|int8|[-_.])+")
 
 AfterBlock = Callable[[int, Tensor], Tensor]
 """Called with (layer, output of encoder.blocks[layer] (batch, frames, d_model)); returns what goes on."""
@@ -103,11 +105,23 @@ class Ct2View:
 
 
 def plain_name(name: str | Path) -> str:
-    """The name that a steering is kept under, from a folder, a hub id or a file of the hub's cache."""
+    """The name that a steering is kept under, from a folder, a hub id or a file of the hub's cache. A folder
+    that says only what it holds ("ct2-int8") is named by the record of what was baked into it, or by the
+    folder around it if that is called like a model, else as it is."""
     parts = str(name).replace("\\", "/").rstrip("/").split("/")
     if len(parts) > 2 and parts[-2] == "snapshots":
         parts = parts[-3].split("--")
-    return _DECORATION.sub("", parts[-1]) or parts[-1]
+    if not _NAMELESS.fullmatch(parts[-1]):
+        return _DECORATION.sub("", parts[-1]) or parts[-1]
+    folder = Path(name)
+    if not folder.is_dir():
+        return parts[-1]
+    from .bake_record import read_records
+    from .zoo import is_known_name
+
+    recorded = [record.get("base_model") for record in read_records(folder)]
+    around = _DECORATION.sub("", folder.resolve().parent.name)
+    return str(next(filter(None, recorded), None) or (around if is_known_name(around) else parts[-1]))
 
 
 def _build(found: dict[str, np.ndarray]) -> AudioEncoder:

@@ -27,6 +27,7 @@ from .errors import FormatError, UsageError
 FORMAT_VERSION = 1
 METADATA_KEY = "whisper_steer"
 
+UNNAMED = "unnamed"  # what a model goes by that carries no name and has no released size
 # (d_model, encoder blocks) of the released Whisper sizes, to name a model that carries no name itself
 _RELEASED_SIZES = {
     (384, 4): "tiny",
@@ -124,11 +125,11 @@ def encoder_sha256(model: Any) -> str:
 
 
 def model_name(model: Any) -> str:
-    """The model's `name`, else the released size that it has the shape of, else "unnamed"."""
+    """The model's `name`, else the released size that it has the shape of, else UNNAMED."""
     name = getattr(model, "name", None)
     if isinstance(name, str) and name:
         return name
-    return _RELEASED_SIZES.get((model.dims.n_audio_state, model.dims.n_audio_layer), "unnamed")
+    return _RELEASED_SIZES.get((model.dims.n_audio_state, model.dims.n_audio_layer), UNNAMED)
 
 
 def model_metadata(model: Any) -> dict[str, Any]:

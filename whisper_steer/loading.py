@@ -17,7 +17,7 @@ import whisper
 from whisper.model import ModelDimensions, Whisper
 
 from .compact import unpack_model
-from .convert_from import load_ct2, load_ggml, runtime_name
+from .convert_from import is_ct2_folder, load_ct2, load_ggml, runtime_name
 from .convert_hf import (
     CONFIG,
     GENERATION_CONFIG,
@@ -29,6 +29,7 @@ from .convert_hf import (
     read_pickle,
     shard_names,
 )
+from .ct2_encoder import plain_name
 from .ct2_file import MODEL_FILE as CT2_FILE
 from .errors import FormatError, ModelError, WhisperSteerError
 from .zoo import MODEL_FILE
@@ -74,18 +75,19 @@ def load_openai(name: str, download_root: Path) -> Whisper:
         raise ModelError(f"{name} cannot be downloaded to {download_root}: {_first_line(error)}") from error
 
 
-def load_hub(repo: str, download_root: str | Path | None) -> Whisper:
-    """A transformers model from the Hugging Face hub, by its id.
+def load_hub(repo: str, download_root: str | Path | None) -> tuple[Whisper, str]:
+    """A transformers or CTranslate2 model from the Hugging Face hub, by its id.
 
     What is in the hub's cache (or in `download_root`) already is used without asking the network; else only
-    the needed files are fetched into it. Raises ModelError, FormatError.
+    the needed files are fetched into it. Returns (model, the name it goes by: the id, for CTranslate2's
+    without what converters add to it). Raises ModelError, FormatError.
     """
     try:
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise ModelError(f"{repo} is a hub id, which needs: pip install huggingface_hub") from error
     try:
-        return load_transformers(_hub_folder(repo, download_root, local_files_only=True))
+        return _load_snapshot(_hub_folder(repo, download_root, local_files_only=True), repo)
     except LocalEntryNotFoundError:
         logger.info("%s is not in the cache: asking the Hugging Face hub", repo)
     except ValueError as error:  # not a possible id
@@ -105,11 +107,17 @@ def load_hub(repo: str, download_root: str | Path | None) -> Whisper:
             f"{repo}: no such file or folder here, and not available from the Hugging Face hub "
             f"({_first_line(error)})"
         ) from error
-    return load_transformers(folder)
+    return _load_snapshot(folder, repo)
+
+
+def _load_snapshot(folder: Path, repo: str) -> tuple[Whisper, str]:
+    if is_ct2_folder(folder):
+        return load_ct2(folder), plain_name(repo)
+    return load_transformers(folder), repo
 
 
 def _hub_folder(repo: str, download_root: str | Path | None, *, local_files_only: bool) -> Path:
-    """The snapshot folder with everything that load_transformers reads.
+    """The snapshot folder with everything that load_transformers reads, or load_ct2 where there is but that.
 
     Raises the hub client's errors (LocalEntryNotFoundError where a file is not at hand), ModelError.
     """
@@ -121,7 +129,7 @@ def _hub_folder(repo: str, download_root: str | Path | None, *, local_files_only
         return Path(path)
 
     def fetch_weights() -> None:
-        for name in WEIGHTS:
+        for name in (*WEIGHTS, CT2_FILE):
             for candidate in (name, name + INDEX_SUFFIX):
                 try:
                     path = fetch(candidate)
@@ -132,7 +140,10 @@ def _hub_folder(repo: str, download_root: str | Path | None, *, local_files_only
                 return
         if local_files_only:
             raise LocalEntryNotFoundError(f"no {' or '.join(WEIGHTS)}")
-        raise ModelError(f"{repo}: neither {' nor '.join(WEIGHTS)} can be fetched from the Hugging Face hub")
+        raise ModelError(
+            f"{repo}: neither {' nor '.join(WEIGHTS)} nor CTranslate2's {CT2_FILE} can be fetched from the "
+            "Hugging Face hub"
+        )
 
     folder = fetch(CONFIG).parent
     fetch_weights()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .edits import Edit, LatentEdit, MeanAblation, Shift, gated
 from .errors import FormatError, MismatchError, UsageError
-from .fileformat import encoder_sha256, load_tensors, model_name, save_tensors
+from .fileformat import UNNAMED, encoder_sha256, load_tensors, model_name, save_tensors
 from .gate import PROBES, Gate
 from .plaindata import moved, split, with_prefix
 from .probe import Probe
@@ -139,9 +139,10 @@ class Steering:
         own_n = self.metadata.get("n_layers")
         own_name, name = self.metadata.get("base_model") or "an unknown model", model_name(model)
         way_out = (
-            f"pass steering=... made for it, or make one: whisper-steer calibrate --model {name} "
-            "--nonspeech DIR --speech MANIFEST --out FILE"
+            "pass steering=... made for it, or make one: whisper-steer calibrate --model "
+            f"{'MODEL' if name == UNNAMED else name} --nonspeech DIR --speech MANIFEST --out FILE"
         )
+        name = "one without a name" if name == UNNAMED else name
         if self.d_model != d or (own_n is not None and own_n != n) or max(self.layers) >= n:
             blocks = f"{own_n} blocks" if own_n is not None else f"at least {max(self.layers) + 1} blocks"
             raise MismatchError(

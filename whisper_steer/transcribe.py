@@ -143,7 +143,7 @@ def transcribe(
     Safe to call from several threads, also with one model: calls on the same model take turns.
     """
     runtime = make_backend(
-        backend or backend_for(model)[0],
+        backend or backend_for(model, download_root)[0],
         model,
         alpha=alpha,
         profile=profile,

@@ -41,6 +41,12 @@ _SIZES = {"tiny": (384, 4), "base": (512, 6), "small": (768, 12), "medium": (102
 _SIZES["turbo"] = _SIZES["large"]  # a large encoder with a short decoder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CT2_REPO = re.compile(r"/faster-|[-_.](ct2|ctranslate2)\b")
+_CT2_WEIGHTS = "model.bin"
+# as transformers writes them, whole or sharded
+_TRANSFORMERS_WEIGHTS = tuple(
+    name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")
+)
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,9 @@ def load_model(
     handles_of(model)).
 
     name: a bundled model ("mini.en"), an openai-whisper name ("small.en"; downloaded and checksummed by
-    openai-whisper into `download_root`), a .pt checkpoint, a transformers folder or hub id
-    ("openai/whisper-tiny"), a compact model file or its folder. device None: CUDA if there is one. model.name
-    is set to the name.
+    openai-whisper into `download_root`), a .pt checkpoint, a transformers or CTranslate2 folder or hub id
+    ("openai/whisper-tiny", "Systran/faster-whisper-tiny"), a compact model file or its folder. device None:
+    CUDA if there is one. model.name is set to the name.
 
     Raises ModelError (unknown name, no network), FormatError (damaged file), UsageError (bad device, steering
     without alpha), MismatchError (steering of another model).
@@ -170,7 +176,7 @@ def steering_for(model: Whisper) -> Steering:
 
     Raises MismatchError if none is kept for it.
     """
-    from .fileformat import encoder_sha256, load_metadata, model_name
+    from .fileformat import UNNAMED, encoder_sha256, load_metadata, model_name
     from .steering import Steering
 
     name = model_name(model)
@@ -183,9 +189,11 @@ def steering_for(model: Whisper) -> Steering:
         path = folder / STEERING_FILE
         if path.is_file() and load_metadata(path, "steering").get("encoder_sha256") == sha:
             return Steering.load(path)
+    described = "this model, which has no name" if name == UNNAMED else f"the model {name}"
     raise MismatchError(
-        f"no steering is kept for the model {name} (d_model {model.dims.n_audio_state}, "
-        f"{model.dims.n_audio_layer} blocks): pass a steering file, or alpha 0 for plain Whisper"
+        f"no steering is kept for {described} "
+        f"(d_model {model.dims.n_audio_state}, {model.dims.n_audio_layer} blocks): pass a steering file, or "
+        "alpha 0 for plain Whisper"
     )
 
 
@@ -210,6 +218,31 @@ def load_sae(model_name: str, layer: int, variant: str | None = None) -> SparseA
     raise ModelError(f"no SAE{which} for layer {layer} of {model_name}: {kept}")
 
 
+def is_ct2_repo(name: str, download_root: str | Path | None = None) -> bool:
+    """Is it the hub id of a CTranslate2 model? By the files in the cache (or in `download_root`), else by
+    those that the hub lists; where it cannot be reached, by what such repositories are called."""
+    if not _HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+        return False
+    try:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
+        weights = (*_TRANSFORMERS_WEIGHTS, _CT2_WEIGHTS)
+        paths = {file: try_to_load_from_cache(name, file, download_root) for file in weights}
+        cached = {file for file, path in paths.items() if isinstance(path, str)}
+        files = cached or set(HfApi().list_repo_files(name))
+    except Exception as error:  # the hub client lets errors of its HTTP library through
+        logger.debug("%s: %s", name, error)
+        return _CT2_REPO.search(name) is not None
+    return _CT2_WEIGHTS in files and files.isdisjoint(_TRANSFORMERS_WEIGHTS)
+
+
+def is_known_name(name: str) -> bool:
+    """Is a model or a steering of that name bundled or kept, or is it one of openai-whisper's?"""
+    import whisper
+
+    return bool(_folders_of(name)) or name in whisper.available_models()
+
+
 def _load_plain(name: str, download_root: str | Path | None) -> tuple[Whisper, str]:
     """(model on the CPU, the name it goes by)."""
     import whisper
@@ -226,7 +259,7 @@ def _load_plain(name: str, download_root: str | Path | None) -> tuple[Whisper, s
     if name and path.exists():
         return load_path(path)
     if _HUB_ID.fullmatch(name) and path.suffix not in (".pt", ".pth", ".safetensors"):
-        return load_hub(name, download_root), name
+        return load_hub(name, download_root)
     names = [entry.name for entry in _bundled_entries()] + whisper.available_models()
     if path.suffix in (".pt", ".pth", ".safetensors") or path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"model {name}: no such file or folder")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
+from ..zoo import is_ct2_repo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,11 +93,11 @@ def _backend(name: str, model: Any, asked: Asked, threads: int, **given: Any) ->
     raise UsageError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
 
 
-def backend_for(model: Any) -> tuple[str, str]:
+def backend_for(model: Any, download_root: str | Path | None = None) -> tuple[str, str]:
     """(the backend that suits a model best, why, in words for a person).
 
-    faster for CTranslate2 models: a folder with model.bin, a hub id with "faster-whisper" in it, a loaded
-    one; transformers for its loaded models; else openai.
+    faster for CTranslate2 models: a folder with model.bin, a hub id of such a repository, a loaded one;
+    transformers for its loaded models; else openai. download_root: where hub models are kept.
     """
     kind = type(model).__module__.partition(".")[0]
     if kind == "faster_whisper" or isinstance(model, _class("whisper_steer.faster", "WhisperModel")):
@@ -104,8 +105,8 @@ def backend_for(model: Any) -> tuple[str, str]:
     if kind == "transformers":
         return "transformers", "the model is transformers'"
     if isinstance(model, (str, Path)):
-        is_ct2 = (Path(model).expanduser() / "model.bin").is_file()
-        if is_ct2 or ("/" in str(model) and "faster-whisper" in str(model)):
+        folder = Path(model).expanduser()
+        if (folder / "model.bin").is_file() or is_ct2_repo(str(model), download_root):
             if find_spec("faster_whisper") is not None:
                 return "faster", "the model is in CTranslate2's format"
             return "openai", "faster-whisper is not installed"

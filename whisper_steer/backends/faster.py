@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,10 +164,8 @@ class FasterBackend:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # faster-whisper's, CTranslate2's and the hub's
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
-            raise ModelError(
-                f"faster-whisper cannot load {name} ({reason}): pass a CTranslate2 folder (whisper-steer "
-                f"convert --model {name} --format ct2 makes one), or choose another backend"
-            ) from error
+            way_out = _way_out(name, reason, isinstance(error, ValueError))
+            raise ModelError(f"faster-whisper cannot load {name} ({reason}): {way_out}") from error
 
     def _name(self, model: Any) -> str:
         steered = model.model if isinstance(model.model, SteeredWhisper) else None
@@ -179,6 +178,20 @@ class FasterBackend:
 def is_ct2_folder(path: str | Path) -> bool:
     """Does a CTranslate2 model lie there?"""
     return (Path(path).expanduser() / "model.bin").is_file()
+
+
+def _way_out(name: str, reason: str, refused: bool) -> str:
+    """What helps when a model cannot be loaded. refused: for its name, or for the value of an option."""
+    if re.search("cuda|cublas|cudnn", reason, re.IGNORECASE):
+        return "pass device cpu, or repair CUDA"
+    if is_ct2_folder(name):
+        return "fetch or convert the model again if its files are damaged"
+    if refused or "model.bin" in reason:
+        return (
+            f"pass a CTranslate2 folder (whisper-steer convert --model {name} --format ct2 makes one), or "
+            "choose another backend"
+        )
+    return "connect to the network once, or pass a CTranslate2 folder"
 
 
 def _placed(device: str) -> dict[str, Any]:

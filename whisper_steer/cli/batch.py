@@ -123,7 +123,9 @@ def _backend(args: dict[str, Any]) -> tuple[str, str]:
     given = args.pop("backend")
     if given is not None and given not in BACKENDS:
         raise UsageError(f"--backend {given}: expected one of {', '.join(BACKENDS)}")
-    return backend_for(args["model"]) if given is None else (given, "asked for")
+    if given is not None:
+        return given, "asked for"
+    return backend_for(args["model"], args["model_dir"])
 
 
 def _vad(args: dict[str, Any]) -> str | None:
