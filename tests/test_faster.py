@@ -16,6 +16,7 @@ from faster_models import CPU, clip, mini_ct2
 from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 import whisper_steer
+from whisper_steer import ct2_steering
 from whisper_steer.bake import constant_shifts
 from whisper_steer.ct2_file import added_bytes, ffn_bias_name
 from whisper_steer.ct2_steering import SteeredWhisper
@@ -246,6 +247,36 @@ def test_steering_of_another_model() -> None:
     wrong = Steering((Shift(0, torch.ones(64), 1.0),), None)
     with pytest.raises(MismatchError, match="d_model 64"):
         WhisperModel(str(mini_ct2()), steering=wrong, **CPU)
+
+
+def test_a_quantised_encoder_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
+    foreign = Steering(direction().edits, None, {"base_model": "another", "encoder_sha256": "0" * 64})
+    with pytest.raises(MismatchError, match="of the same shape"):
+        WhisperModel(str(mini_ct2()), steering=foreign, **CPU)
+    assert caplog.text == ""
+    for _ in range(2):
+        WhisperModel(str(mini_ct2("int8")), steering=foreign, **CPU)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{mini_ct2('int8')} is quantised: that its encoder (mini.en) is the one the steering was made for "
+        "(another) cannot be checked"
+    )
+    WhisperModel(str(mini_ct2("int8")), **CPU)  # kept under the model's own name
+    assert len(caplog.records) == 1
+
+
+def test_the_encoder_in_pytorch_has_the_models_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, threads = ct2_steering.run_encoder, []
+
+    def noting(*args: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return original(*args)
+
+    monkeypatch.setattr(ct2_steering, "run_encoder", noting)
+    before = torch.get_num_threads()
+    for count in (before + 1, 0):
+        WhisperModel(str(mini_ct2("int8")), device="cpu", cpu_threads=count).encode(mel("noise"))
+    assert threads == [before + 1, before] and torch.get_num_threads() == before
 
 
 def test_alpha_from_zero_finds_the_steering() -> None:

@@ -241,7 +241,8 @@ class SteeredWhisper:
 
         mel = mel.to(weight.device, weight.dtype)
         current.begin(mel)
-        output = run_encoder(encoder, mel, after_block)
+        with _cpu_threads(int(self.source.options.get("intra_threads") or 0)):
+            output = run_encoder(encoder, mel, after_block)
         if to_cpu:
             output = output.cpu()
         view, kept = _storage(output)
@@ -348,6 +349,20 @@ class SteeredWhisper:
             average = result.scores[0] * len(tokens) ** options.get("length_penalty", 1) / (len(tokens) + 1)
         no_speech = result.no_speech_prob if options.get("return_no_speech_prob") else None
         return verdict.record(self._to_text(tokens), no_speech, average)
+
+
+@contextmanager
+def _cpu_threads(count: int) -> Iterator[None]:
+    """Within the block PyTorch uses so many; 0: as it is set."""
+    before = torch.get_num_threads()
+    if count in (0, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_constant(step: Step) -> bool:

@@ -21,10 +21,12 @@ back after voice detection by setting `start` and `end` of what `generate_segmen
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from .steering import Steering
 from .withholding import Suppressed
 
 __all__ = ["BatchedInferencePipeline", "WhisperModel", "steer_existing"]
+
+logger = logging.getLogger("whisper_steer")
 
 # as they are found now: programs may put our classes in their place, to be steered unawares
 _Whisper: Any = faster_whisper.WhisperModel
@@ -316,7 +320,9 @@ def steer_existing(
     decode_withheld: bool,
     files: str | Path | None,
 ) -> Handle:
-    """`attach.steer` for a faster-whisper model or pipeline. files: the folder that it was loaded from.
+    """`attach.steer` for a faster-whisper model or pipeline. files: the folder that it was loaded from. The
+    model does not say how many CPU threads it has: what encodes beside it has as many as CTranslate2 and
+    PyTorch choose.
 
     Raises ModelError (no folder given, and none found in the Hugging Face cache), MismatchError (the folder
     or the steering is of another model), UsageError, FormatError.
@@ -369,7 +375,21 @@ def _resolve(source: Ct2Source, name: str, steering: Steering | str | Path | Non
         resolved.check(view, strict=view.exact)
     else:  # quantised weights have another hash: the shape must do
         replace(resolved, metadata={**resolved.metadata, "encoder_sha256": None}).check(view)
+        made_for = resolved.metadata.get("base_model")
+        if steering is not None or made_for != view.name:
+            _warn_unchecked(source.path, view.name, str(made_for or "an unknown model"))
     return resolved
+
+
+@cache
+def _warn_unchecked(path: str, name: str, made_for: str) -> None:
+    """Once per model and steering."""
+    logger.warning(
+        "%s is quantised: that its encoder (%s) is the one the steering was made for (%s) cannot be checked",
+        path,
+        name,
+        made_for,
+    )
 
 
 def _to_text(whisper: faster_whisper.WhisperModel) -> Callable[[list[int]], str]:
