@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from faster_models import clip
+from faster_models import clip, mini_ct2
 
 import whisper_steer
 
@@ -156,3 +157,47 @@ def test_chunks_without_text_are_left_out_only_where_a_window_was_withheld(plain
         assert kept["chunks"] == [empty]
         silent = plain.postprocess([{"tokens": torch.tensor([withheld])}], return_timestamps=True)
         assert silent["chunks"] == []
+
+
+def test_the_backend_reads_both_kinds_of_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both have a config.json. Nothing of transformers' own is printed."""
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    for path in (folder, mini_ct2()):
+        found = whisper_steer.transcribe(
+            clip("speech"), path, backend="transformers", device="cpu", temperature=0.0
+        )
+        assert (found.text.strip(), found.model, found.alpha) == (WORDS, "mini.en", 1.0)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
+def test_calls_on_one_model_take_turns(plain: Any) -> None:
+    heard: dict[str, Any] = {}
+
+    def call(name: str, sound: str, **options: Any) -> None:
+        try:
+            heard[name] = whisper_steer.transcribe(clip(sound), plain.model, temperature=0.0, **options)
+        except Exception as error:
+            heard[name] = error
+
+    others = [
+        threading.Thread(target=call, args=(str(alpha), "noise"), kwargs={"alpha": alpha})
+        for alpha in (0, 0.5)
+    ]
+
+    def begin(done: float, total: float) -> None:
+        for thread in others:
+            if thread.ident is None:
+                thread.start()
+                thread.join(0.3)
+
+    call("first", "speech", alpha=1, progress=begin)
+    for thread in others:
+        thread.join(120)
+    found = {name: (r.text.strip(), len(r.suppressed), r.alpha) for name, r in heard.items()}
+    assert found == {"first": (WORDS, 0, 1.0), "0": (INVENTED, 0, 0.0), "0.5": ("", 1, 0.5)}
+    assert whisper_steer.handles_of(plain.model) == ()

@@ -3,6 +3,9 @@ transformers' names, with the generation settings that belong to Whisper's vocab
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,28 @@ def require_transformers() -> Any:
     except ImportError as error:
         raise ModelError("transformers is not installed: pip install 'whisper-steer[hf]'") from error
     return transformers
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within the block transformers shows no progress bars, and does not warn of the deprecated call that its
+    own `generate_with_fallback` makes (5.24), which nobody else can change."""
+    transformers_logging = require_transformers().utils.logging
+    shown = transformers_logging.is_progress_bar_enabled()
+    source = logging.getLogger("transformers.generation.utils")
+    transformers_logging.disable_progress_bar()
+    source.addFilter(_is_not_its_own_call)
+    try:
+        yield
+    finally:
+        source.removeFilter(_is_not_its_own_call)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_not_its_own_call(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("Passing `generation_config` together" in message and "begin_suppress_tokens" in message)
 
 
 def vocabulary(vocab_size: int) -> Tokenizer | None:

@@ -13,11 +13,12 @@ import torch
 from whisper.utils import compression_ratio
 
 from ..audio import SAMPLING_RATE
+from ..convert_from import is_ct2_folder
 from ..convert_hf import is_transformers_folder
 from ..errors import ModelError, UsageError
 from ..fileformat import model_name
 from ..registry import model_lock
-from ..transformers_model import from_openai, require_transformers, vocabulary
+from ..transformers_model import from_openai, quietly, require_transformers, vocabulary
 from ..transformers_steering import OpenAIView, is_pipeline, is_transformers_model
 from ..withholding import collecting
 from ..zoo import load_model
@@ -123,7 +124,7 @@ class TransformersBackend:
                 arguments.pop(name, None)  # transformers refuses them for English-only models
         words = bool(options.get("word_timestamps"))
         with model_lock(model), self._asked.steered(model) as handles, collecting(model) as collector:
-            with _noting(model) as notes:
+            with _noting(model) as notes, quietly():
                 output = self._generate(model, audio, arguments, words, progress)
             segments = [_segment(s, notes, tokenizer, words) for s in output]
         kept = [{**s, "id": i} for i, s in enumerate(s for s in segments if s["text"].strip())]
@@ -142,14 +143,15 @@ class TransformersBackend:
 
     def _loaded(self) -> Any:
         given = Path(self._given).expanduser()
-        if not is_transformers_folder(given):
+        if not is_transformers_folder(given) or is_ct2_folder(given):  # both have a config.json
             return from_openai(
                 load_model(self._given, device=self._device, download_root=self._download_root)
             )
         try:
-            model = require_transformers().WhisperForConditionalGeneration.from_pretrained(
-                given, local_files_only=True
-            )
+            with quietly():
+                model = require_transformers().WhisperForConditionalGeneration.from_pretrained(
+                    given, local_files_only=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{given}: transformers cannot load it ({reason})") from error
