@@ -202,8 +202,8 @@ class Handle:
         return list(self._records)
 
     def remove(self) -> None:
-        """Take this steering off; waits for a decoding in progress, but not for faster-whisper's segments that
-        nobody has asked for yet: they stay steered. Harmless when done already."""
+        """Take this steering off; waits for a decoding in progress, but not for faster-whisper's segments
+        that nobody has asked for yet: they stay steered. Harmless when done already."""
         registry, self._registry = self._registry, None
         if registry is not None:
             registry.remove(self)
