@@ -15,13 +15,16 @@ SAES := batchtopk-k25-x8
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 DATA_FLAG := $(if $(DATA),--data $(DATA))
+# how the bundled steering is chosen
+SWEEP = --model mini.en --labels $(OUT)/labels.jsonl $(DATA_FLAG) --corpus $(OUT)/corpus --gate-kind any --no-refit \
+  --edits additive_l3_k50 --screened 12 --finalists 1 --heard 60 --joined 40 --frontier 120
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint weights sae-sweep bench bench-env clean
+.PHONY: help demo test test-slow lint weights steering-again sae-sweep bench bench-env clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed  ## install into .venv and show three clips before and after steering
 	@$(RUN) calibration.demo
@@ -52,12 +55,14 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes/$(SAES)-seed0 --labels $(OUT)/labels.jsonl \
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --no-causal --out $(OUT)/fit
-	@$(RUN) calibration.sweep --model mini.en --fit $(OUT)/fit --labels $(OUT)/labels.jsonl $(DATA_FLAG) \
-	  --corpus $(OUT)/corpus --gate-kind any --no-refit --edits additive_l3_k50 \
-	  --screened 12 --finalists 1 --heard 60 --joined 40 --frontier 120 --out $(MODEL)
+	@$(RUN) calibration.sweep --fit $(OUT)/fit $(SWEEP) --out $(MODEL)
 	@cp $(OUT)/saes/$(SAES)-seed0/layer_*.safetensors $(MODEL)/
 	@mkdir -p $(MODEL)/seed1 && cp $(OUT)/saes/$(SAES)-seed1/layer_*.safetensors $(MODEL)/seed1/
 	@$(RUN) calibration.bundle card --quick --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
+
+steering-again: $(VENV)/.installed-dev  ## choose the bundled gate's window fit, thresholds and edit anew, keep its frame probes
+	@$(RUN) calibration.synthesis --out $(OUT)/corpus --utterances 40000 --non-speech 3000 --seed 1
+	@$(RUN) calibration.sweep --fit $(OUT)/fit --again $(MODEL)/steering.safetensors --only steering $(SWEEP) --out $(MODEL)
 
 sae-sweep: $(VENV)/.installed-dev  ## L0 against error of SAEs of mini.en: table, figures, operating point
 	@$(RUN) calibration.train --model mini.en --mixture mini.en --corpus $(OUT)/corpus $(DATA_FLAG) \
