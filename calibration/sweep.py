@@ -130,8 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.model)
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
-    if args.again:
-        args.fit.mkdir(parents=True, exist_ok=True)
     fit = fit_of(args.again, model, sets, labels) if args.again else read_fit(args.fit, model, sets, labels)
     fit.record.setdefault("calibrated_on", describe(sets))
     calibration = Calibration.of(model, sets, fit, budget, effort, cache=args.labels)
