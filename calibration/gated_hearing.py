@@ -38,11 +38,12 @@ class GatedHearing:
 
     def __init__(self, calibration: Calibration, gate: Gate, window_logits: np.ndarray):
         self.calibration, self.gate, self.window_logits = calibration, gate, window_logits
+        self._opens: dict[tuple[str, str], bool] = {}
 
     def with_gate(self, gate: Gate) -> GatedHearing:
         """The same with another slope of the frame gate (not with another smoothing)."""
         other = copy(self)
-        other.gate = gate
+        other.gate, other._opens = gate, {}
         return other
 
     def passes(self, clip: CalibrationClip, alpha: float = 1.0) -> bool:
@@ -61,12 +62,15 @@ class GatedHearing:
         alpha: float = 1.0,
         progress: bool = True,
     ) -> Heard:
-        """Transcripts of the clips with the edits at alpha, words of withheld windows left out."""
+        """Transcripts of the clips with the edits at alpha, words of withheld windows left out. Where the
+        frame gate stays shut nothing is edited, and nothing is decoded again."""
         model = self.calibration.model
         threshold = self.gate.window_threshold(alpha)
         open_gate = replace(self.gate, threshold=NEVER, spread=0.0)
         metadata = dict(model_metadata(model))
         decoded = [clip for clip in clips if self.passes(clip, alpha)] if edits else []
+        edited = self.touched([clip for clip in decoded if clip.rows], progress=progress)
+        decoded = [clip for clip in decoded if not clip.rows or (clip.set, clip.id) in edited]
         after: dict[tuple[str, str], ClipTranscript] = {}
         if decoded:
             audios = (self.calibration.sources[clip.set, clip.id].load() for clip in decoded)
@@ -108,7 +112,6 @@ class GatedHearing:
         """(set, clip id) of the clips in which the frame gate opens anywhere. Edits leave the others as they
         are, at every alpha: the frame gate does not depend on it."""
         model, layers = self.calibration.model, list(self.gate.layers)
-        found: set[tuple[str, str]] = set()
         waiting: list[tuple[tuple[str, str], Tensor]] = []
 
         @torch.no_grad()
@@ -117,10 +120,13 @@ class GatedHearing:
             streams = encode_windows(model, mels, layers)
             logits = self.gate.frame_logits(dict(zip(layers, streams, strict=True)))
             opened = (self.gate.frame_gate(logits, padding_frames(mels.to(logits.device))) > 0).any(dim=1)
-            found.update(key for (key, _), is_open in zip(waiting, opened.tolist(), strict=True) if is_open)
+            for (key, _), is_open in zip(waiting, opened.tolist(), strict=True):
+                self._opens[key] = is_open or self._opens.get(key, False)
             waiting.clear()
 
-        for clip in tqdm(clips, desc="where edits act", unit="clip", disable=not progress):
+        keys = {(clip.set, clip.id) for clip in clips}
+        new = [clip for clip in clips if (clip.set, clip.id) not in self._opens]
+        for clip in tqdm(new, desc="where edits act", unit="clip", disable=not progress or not new):
             mel, content = padded_log_mel(
                 self.calibration.sources[clip.set, clip.id].load(), model.dims.n_mels
             )
@@ -130,7 +136,7 @@ class GatedHearing:
                     flush()
         if waiting:
             flush()
-        return found
+        return {key for key in keys if self._opens[key]}
 
     def _values(self, clip: CalibrationClip, transcript: ClipTranscript) -> list[float]:
         """Window logits of a transcript's windows: cached where plain Whisper looked at the same one."""

@@ -76,6 +76,7 @@ class Heard:
         rise_hi: upper end of its 95 % bootstrap interval.
         emptied: share of the speech clips of all sets that came back without words and had some before.
         emptied_hi: upper end of its interval, among all or among understood sets, the larger one.
+        set_rise: of the WER in the set of those that plain Whisper understands where it rises most.
     """
 
     transcripts: Mapping[tuple[str, str], ClipTranscript]
@@ -85,6 +86,7 @@ class Heard:
     rise_hi: float
     emptied: float = 0.0
     emptied_hi: float = 0.0
+    set_rise: float = 0.0
 
 
 def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscript]) -> Heard:
@@ -104,6 +106,7 @@ def compare(clips: Sequence[CalibrationClip], transcripts: Sequence[ClipTranscri
         *costs.rise(errors - costs.plain),
         float(np.mean(emptied)),
         costs.share_hi(emptied),
+        costs.set_rise(errors - costs.plain),
     )
 
 

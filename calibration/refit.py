@@ -114,9 +114,7 @@ def refit(
             for clip, owner in zip(clips, owners, strict=True)
             if owner == fold and clip.set not in UNTAUGHT
         ]
-        parts.append(
-            collect_gate_frames(model, mine, layers=layers, seed=seed + 1 + fold, progress=progress)
-        )
+        parts.append(collect_gate_frames(model, mine, layers=layers, seed=seed + 1 + fold, progress=progress))
     gates = [
         _fitted(choice.gate, [sample, *(part for other, part in enumerate(parts) if other != fold)])
         for fold in range(folds)

@@ -95,11 +95,25 @@ class SpeechCosts:
         counted, words = change[self.understood], self.words[self.understood]
         return self.rise_value(change), ratio_upper_end(counted, words, self._understood_groups)
 
-    def share_hi(self, events: np.ndarray) -> float:
+    def set_rise(self, change: np.ndarray) -> float:
+        """Of the WER in the understood set where it rises most, absolute. change: (clips,) errors above
+        plain's."""
+        rises = [0.0]
+        for name in {clip.set for clip, known in zip(self.clips, self.understood, strict=True) if known}:
+            mine = np.array([clip.set == name for clip in self.clips])
+            rises.append(float(change[mine].sum() / max(self.words[mine].sum(), 1.0)))
+        return max(rises)
+
+    def share_hi(
+        self, events: np.ndarray, more: np.ndarray | None = None, more_groups: tuple[str, ...] = ()
+    ) -> float:
         """Upper end of the interval of the share of clips for which `events` (clips,) is true: among all or
-        among those of understood sets, the larger one."""
+        among those of understood sets, the larger one. more: (n,) bool of further clips, which count among
+        all, of `more_groups`."""
+        everything = events if more is None else np.concatenate([events, more])
         return max(
-            _share_end(events, self._groups), _share_end(events[self.understood], self._understood_groups)
+            _share_end(everything, (*self._groups, *more_groups)),
+            _share_end(events[self.understood], self._understood_groups),
         )
 
 

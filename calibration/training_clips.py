@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,9 @@ REAL_SPEECH_DB = 25.0  # real recordings have a noise floor: only frames well ab
 CONDITIONS = ("clean", "noisy", "quiet", "reverb", "sparse", "embedded", "clean", "noisy")  # in turn
 WHISPERED_SHARE = 0.12
 TELEPHONE = "telephone"
+SNIPPETS = {"real_speech": 3, "nonspeech": 2}  # excerpts of every real recording
+SNIPPET_SECONDS = (0.35, 1.6)  # a word
+_SNIPPET_STARTS = 8  # places that are tried
 _CORPUS = "corpus-"  # ids of clips of the synthetic corpus
 
 
@@ -39,12 +42,14 @@ class TrainingClip:
         kind: "speech" (synthetic), "real_speech" or "nonspeech".
         condition: one of CONDITIONS, "whispered", TELEPHONE, or the category of a non-speech clip.
         make: gives (audio float32 (n,) at 16 kHz, speech intervals in seconds); the same at every call.
+        group: the speaker or source recording of a real clip and of all that is made of it; "": not known.
     """
 
     id: str
     kind: str
     condition: str
     make: Callable[[], tuple[np.ndarray, Intervals]]
+    group: str = ""
 
     def load(self) -> np.ndarray:
         return self.make()[0]
@@ -152,7 +157,10 @@ def training_clips(
     real_speech = _some([clip for clip in recorded if clip.kind == "real_speech"], real, rng)
     real_other = _some([clip for clip in recorded if clip.kind == "nonspeech"], real, rng)
     backgrounds = [clip.audio for clip in real_other if clip.category in ("sounds", "music")]
-    clips = [_nonspeech(clip.id, clip.category, clip.audio) for clip in real_other]
+    clips = [
+        replace(_nonspeech(clip.id, clip.category, clip.audio), group=clip.group or clip.id)
+        for clip in real_other
+    ]
     if corpus is not None and any(corpus.glob("nonspeech_*.jsonl")):
         shards = Shards.open(corpus, "nonspeech")
         for index in _some(list(range(len(shards))), nonspeech, rng):
@@ -161,19 +169,13 @@ def training_clips(
     if corpus is not None and any(corpus.glob("speech_*.jsonl")):
         clips += _synthetic_speech(Shards.open(corpus, "speech"), speech, rng, backgrounds, seed)
     for number, clip in enumerate(real_speech):
-        clips.append(_speech(clip.id, "real_speech", "clean", clip.audio, [seed, number], backgrounds))
+        conditions = {"clean": clip.id}
         if number % 2:
             condition = ("noisy", "embedded", "reverb", "quiet")[number // 2 % 4]
-            clips.append(
-                _speech(
-                    f"{clip.id}#{condition}",
-                    "real_speech",
-                    condition,
-                    clip.audio,
-                    [seed, number],
-                    backgrounds,
-                )
-            )
+            conditions[condition] = f"{clip.id}#{condition}"
+        for condition, name in conditions.items():
+            made = _speech(name, "real_speech", condition, clip.audio, [seed, number], backgrounds)
+            clips.append(replace(made, group=clip.group or clip.id))
     if telephone:
         clips += some_over_telephone(clips, seed)
     if not clips:
@@ -200,13 +202,35 @@ def some_over_telephone(clips: Sequence[TrainingClip], seed: int = 0) -> list[Tr
 def some_altered(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
     """Every real recording, for they are scarce, once more as another might have sounded: at 80 to 125 %
     of its speed and another level; sounds with another mixed in, speech with one behind it or in a room."""
+    sounds, people = _recorded(clips)
+    return [_altered(clip, sounds, seed) for clip in (*sounds, *people)]
+
+
+def some_snippets(clips: Sequence[TrainingClip], seed: int = 0) -> list[TrainingClip]:
+    """Excerpts of a word's length of every real recording: key words and single digits are what is taken for
+    noise most easily, and most recordings are of whole sentences. Of speech a place where most is loud. The
+    second excerpt is played at 80 to 125 % of its speed, the last one comes over a telephone."""
+    sounds, people = _recorded(clips)
+    return [
+        _snippet(clip, number, seed) for clip in (*sounds, *people) for number in range(SNIPPETS[clip.kind])
+    ]
+
+
+def clean_speech(clips: Sequence[TrainingClip]) -> list[TrainingClip]:
+    """Of real speech the clips that are as they were recorded, and these over a telephone."""
+    clean = {clip.id for clip in _recorded(clips)[1]}
+    over_telephone = {f"{name}#{TELEPHONE}" for name in clean}
+    return [clip for clip in clips if clip.id in clean | over_telephone]
+
+
+def _recorded(clips: Sequence[TrainingClip]) -> tuple[list[TrainingClip], list[TrainingClip]]:
+    """Real recordings as they are: of non-speech, and of speech."""
     sounds = [
         clip
         for clip in clips
         if clip.kind == "nonspeech" and clip.condition != TELEPHONE and not is_synthetic(clip)
     ]
-    people = [clip for clip in clips if clip.kind == "real_speech" and clip.condition == "clean"]
-    return [_altered(clip, sounds, seed) for clip in (*sounds, *people)]
+    return sounds, [clip for clip in clips if clip.kind == "real_speech" and clip.condition == "clean"]
 
 
 def _altered(clip: TrainingClip, sounds: Sequence[TrainingClip], seed: int) -> TrainingClip:
@@ -232,7 +256,41 @@ def _altered(clip: TrainingClip, sounds: Sequence[TrainingClip], seed: int) -> T
         moved = [(start, slower * start, slower * end) for start, end in intervals]
         return x, tuple((new, end) for old, new, end in moved if max(old, new) < 30)
 
-    return TrainingClip(f"{clip.id}#altered", clip.kind, "altered", make)
+    return TrainingClip(f"{clip.id}#altered", clip.kind, "altered", make, clip.group)
+
+
+def _snippet(clip: TrainingClip, number: int, seed: int) -> TrainingClip:
+
+    def make() -> tuple[np.ndarray, Intervals]:
+        audio = clip.load()
+        rng = np.random.default_rng([seed, number, zlib.crc32(clip.id.encode())])
+        size = int(rng.uniform(*SNIPPET_SECONDS) * RATE)
+        if size < len(audio):
+            loud = frame_levels(audio) > -REAL_SPEECH_DB
+            starts = rng.integers(0, len(audio) - size, _SNIPPET_STARTS)
+            shares = [float(loud[start // FRAME : (start + size) // FRAME].mean()) for start in starts]
+            # of speech the loudest place; sounds may be anything
+            start = int(starts[int(np.argmax(shares)) if clip.kind != "nonspeech" else 0])
+            audio = audio[start : start + size]
+        x = audio.astype(np.float32, copy=True)
+        fade = min(80, len(x) // 4)  # 5 ms: no click where it was cut
+        if fade:
+            ramp = np.linspace(0, 1, fade, dtype=np.float32)
+            x[:fade] *= ramp
+            x[-fade:] *= ramp[::-1]
+        if number == 1:
+            x = augmentation.at_speed(x, int(rng.integers(80, 126)))
+        lead, tail = int(rng.uniform(0, 0.3) * RATE), int(rng.uniform(0, 0.5) * RATE)
+        x = np.pad(x, (lead, tail))
+        found = active_intervals(x, within_db=REAL_SPEECH_DB) if clip.kind != "nonspeech" else ()
+        if rng.random() < 0.5:  # the floor of a recorder
+            floor = float(np.abs(x).max(initial=0.0)) * 10 ** rng.uniform(-4, -2.5)
+            x = x + (rng.standard_normal(len(x)) * floor).astype(np.float32)
+        if number == SNIPPETS[clip.kind] - 1:
+            x = augmentation.telephone(x, rng)
+        return x, found
+
+    return TrainingClip(f"{clip.id}#snippet{number}", clip.kind, "snippet", make, clip.group)
 
 
 def _over_telephone(clip: TrainingClip, seed: int) -> TrainingClip:
@@ -242,7 +300,7 @@ def _over_telephone(clip: TrainingClip, seed: int) -> TrainingClip:
         rng = np.random.default_rng([seed, zlib.crc32(clip.id.encode())])
         return augmentation.telephone(audio, rng), intervals
 
-    return TrainingClip(f"{clip.id}#{TELEPHONE}", clip.kind, TELEPHONE, make)
+    return TrainingClip(f"{clip.id}#{TELEPHONE}", clip.kind, TELEPHONE, make, clip.group)
 
 
 def _some(items: list, count: int, rng: np.random.Generator) -> list:

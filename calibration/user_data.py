@@ -256,14 +256,15 @@ def _mixed(clip: Clip, noise: Clip) -> np.ndarray:
 def _training(speech: Sequence[Clip], sounds: Sequence[Clip], seed: int) -> list[TrainingClip]:
     """Non-speech as it is; speech clean and in one of VARIANTS, with that non-speech as background; all clean
     speech and every second of the others once more over a telephone."""
-    clips = [TrainingClip(clip.id, "nonspeech", clip.category, partial(_silent, clip)) for clip in sounds]
+    clips = [
+        TrainingClip(clip.id, "nonspeech", clip.category, partial(_silent, clip), clip.group or clip.id)
+        for clip in sounds
+    ]
     for number, clip in enumerate(speech):
-        condition = VARIANTS[number % len(VARIANTS)]
-        clips.append(
-            TrainingClip(clip.id, clip.kind, "clean", partial(_variant, clip, "clean", sounds, seed))
-        )
-        make = partial(_variant, clip, condition, sounds, seed)
-        clips.append(TrainingClip(f"{clip.id}#{condition}", clip.kind, condition, make))
+        condition, group = VARIANTS[number % len(VARIANTS)], clip.group or clip.id
+        for name, heard_as in ((clip.id, "clean"), (f"{clip.id}#{condition}", condition)):
+            make = partial(_variant, clip, heard_as, sounds, seed)
+            clips.append(TrainingClip(name, clip.kind, heard_as, make, group))
     return clips + some_over_telephone(clips, seed)
 
 

@@ -6,22 +6,23 @@ not padding, and the standard deviation over that (speech comes and goes, most n
 compete: a logistic regression on both means (window and sound probes), and a support vector machine on all
 three (`whisper_steer.window_kernel`), which costs more bytes. Both are fitted on the training clips that gave
 the gate, in all their conditions (of the synthetic ones, which are plenty and alike, every third), on
-altered copies of the real ones (`some_altered`), and on the calibration clips: where they err is on
-recordings of sources that they have not met. So that calibration clips can also choose how strong the
-regularisation is and what the fit weighs beside the frames, and set the threshold, each is judged by a fit
-without it and without its group (cross-fitting): of a real recording its speaker or source; a synthetic one
-is a group of its own, whose voice the training clips have. Voices that nothing is trained on (`UNTAUGHT`)
-teach nothing here either: the test split speaks with them, too.
+altered copies of the real ones (`some_altered`), on excerpts of a word's length (`some_snippets`), and on the
+calibration clips: where they err is on recordings of sources that they have not met, and on short ones. So
+that calibration clips can also choose how strong the regularisation is and what the fit weighs beside the
+frames, and set the threshold, each is judged by a fit without it and without its group (cross-fitting): of a
+real recording its speaker or source; a synthetic one is a group of its own, whose voice the training clips
+have. Real training speech, as it was recorded and over a telephone, is judged in the same way and counts
+where the threshold is set: calibration has few speakers, and what a fit without a voice says of it is what
+it will say of the next one. (The frames' part of that knows them: its probes were fitted on them.) Voices
+that nothing is trained on (`UNTAUGHT`) teach nothing here either: the test split speaks with them, too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,18 +32,26 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
-from torch import Tensor
-from tqdm import tqdm
 
-from calibration.activations import cut_window, encode_windows, padded_log_mel
-from calibration.export import write_whole
 from calibration.gate_fit import SPEECH
-from calibration.refit import UNTAUGHT, deal_folds
-from calibration.selection import Budget, CalibrationClip, GateChoice, smoothed, window_choice
-from calibration.training_clips import TrainingClip, is_synthetic, some_altered
+from calibration.refit import FOLDS, UNTAUGHT, deal_folds
+from calibration.selection import (
+    Budget,
+    CalibrationClip,
+    GateChoice,
+    MoreSpeech,
+    window_choice,
+)
+from calibration.training_clips import (
+    TrainingClip,
+    clean_speech,
+    is_synthetic,
+    some_altered,
+    some_snippets,
+)
+from calibration.window_samples import WindowSample, calibration_windows, training_windows
 from whisper_steer.errors import UsageError
-from whisper_steer.gate import Gate, pooled_windows
-from whisper_steer.passing import padding_frames
+from whisper_steer.gate import Gate
 from whisper_steer.probe import Probe
 from whisper_steer.window_kernel import WindowKernel
 
@@ -60,116 +69,7 @@ WIDTHS = (1.0, 2.0)  # gamma of a kernel, in units of one over the number of poo
 PENALTY = 10.0  # C of the support vector machine
 _FLAT = 1e-4  # of the widest: what varies less than this counts as so wide, for one over it must fit a half
 _EVERY = 3  # of the synthetic training clips one in so many teaches
-_BATCH = 16
-
-
-@dataclass(frozen=True)
-class WindowSample:
-    """Windows as window probes read them.
-
-    Attributes:
-        x: (windows, 3 * layers, d_model) float32 in half precision: `pooled_windows` of the gate's layers.
-        nobody: (windows,) bool: nobody speaks.
-    """
-
-    x: np.ndarray
-    nobody: np.ndarray
-
-
-def training_windows(
-    model: Whisper,
-    gate: Gate,
-    clips: Sequence[TrainingClip],
-    *,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> WindowSample:
-    """The first window of every training clip; of speech only where somebody is known to speak.
-
-    cache: a file that keeps the result for the same gate and clips.
-    """
-    read = ["pooled windows", repr(gate.layers), str(gate.smooth)]
-    key = hashlib.sha256("\n".join([*read, *(clip.id for clip in clips)]).encode())
-    for probe in gate.probes:
-        key.update(probe.coef.numpy().tobytes())
-    name = np.array(key.hexdigest())
-    if cache is not None and cache.is_file():
-        with np.load(cache, allow_pickle=False) as kept:
-            if np.array_equal(kept["key"], name):
-                return WindowSample(kept["x"].astype(np.float32), kept["nobody"])
-    nobody: list[bool] = []
-
-    def windows() -> Iterable[tuple[Tensor, None]]:
-        for clip in tqdm(clips, desc="windows as a whole", unit="clip", disable=not progress):
-            audio, intervals = clip.make()
-            if clip.kind != "nonspeech" and not intervals:
-                continue  # speech too faint to be found
-            nobody.append(clip.kind == "nonspeech")
-            yield cut_window(*padded_log_mel(audio, model.dims.n_mels), 0), None
-
-    sample = WindowSample(_read(model, gate, windows()), np.array(nobody))
-    if cache is not None:
-        buffer = io.BytesIO()
-        np.savez(buffer, key=name, x=sample.x.astype(np.float16), nobody=sample.nobody)
-        write_whole(cache, buffer.getvalue())
-    return sample
-
-
-def calibration_windows(
-    model: Whisper,
-    gate: Gate,
-    logits: np.ndarray,
-    clips: Sequence[CalibrationClip],
-    sources: Mapping[tuple[str, str], Clip],
-    *,
-    progress: bool = True,
-) -> np.ndarray:
-    """(rows, 3 * layers, d_model) float32: the clips' windows as a `WindowSample` has them; zeros in rows
-    that no clip has.
-
-    gate: its smoothing counts. logits: (rows, frames) its unsmoothed frame logits.
-    """
-    rows: list[int] = []
-
-    def windows() -> Iterable[tuple[Tensor, np.ndarray]]:
-        for clip in tqdm(clips, desc="calibration windows", unit="clip", disable=not progress):
-            mel, content = padded_log_mel(sources[clip.set, clip.id].load(), model.dims.n_mels)
-            for row, window in zip(clip.rows, clip.transcript.windows, strict=True):
-                rows.append(row)
-                yield cut_window(mel, content, window.seek), smoothed(logits[row : row + 1], gate.smooth)[0]
-
-    found = _read(model, gate, windows())
-    x = np.zeros((len(logits), *found.shape[1:]), np.float32)
-    x[rows] = found
-    return x
-
-
-def _read(model: Whisper, gate: Gate, windows: Iterable[tuple[Tensor, np.ndarray | None]]) -> np.ndarray:
-    """(windows, 3 * layers, d_model) from mels, each with its frame logits; None: the gate's own."""
-    layers = list(gate.layers)
-    found: list[np.ndarray] = []
-    waiting: list[tuple[Tensor, np.ndarray | None]] = []
-
-    @torch.no_grad()
-    def flush() -> None:
-        mels = torch.stack([mel for mel, _ in waiting])
-        streams = encode_windows(model, mels, layers)
-        frame_logits = gate.frame_logits(dict(zip(layers, streams, strict=True)))
-        for i, (_, known) in enumerate(waiting):
-            if known is not None:
-                frame_logits[i] = torch.from_numpy(known)
-        padding = padding_frames(mels.to(streams.device))
-        # rounded as they are kept, so that a run that goes on comes to the same
-        found.append(pooled_windows(frame_logits, list(streams), padding).half().float().cpu().numpy())
-        waiting.clear()
-
-    for window in windows:
-        waiting.append(window)
-        if len(waiting) == _BATCH:
-            flush()
-    if waiting:
-        flush()
-    return np.concatenate(found)
+ALWAYS = -2  # the fold of windows that teach in every fit
 
 
 def fit_probes(sample: WindowSample, layers: Sequence[int], c: float) -> tuple[tuple[Probe, ...], float]:
@@ -226,18 +126,31 @@ def out_of_fold(
     own: WindowSample,
     usable: np.ndarray,
     folds: np.ndarray,
+    sample_folds: np.ndarray,
     fit: Callable[[WindowSample], Callable[[np.ndarray], np.ndarray]],
-) -> np.ndarray:
-    """(len(own),): what fits on sample and the usable part of own without a window's fold say of it.
+) -> tuple[np.ndarray, np.ndarray]:
+    """(len(own),) and (len(sample),): what fits on sample and the usable part of own, without a window's
+    fold, say of it.
 
-    usable: (len(own),) bool, the others are judged but nothing is fitted on them. folds: (len(own),) int.
-    fit: sample -> (windows, pools, d_model) -> (windows,).
+    usable: (len(own),) bool, the others are judged but nothing is fitted on them. folds, sample_folds:
+    (len(own),) and (len(sample),) int; windows of the fold ALWAYS teach in every fit and are not judged
+    (NaN), nor are those of sample without which there is only one class. fit: sample -> (windows, pools,
+    d_model) -> (windows,).
     """
-    said = np.zeros(len(own.x))
-    for fold in np.unique(folds):
-        mine = folds == fold
-        said[mine] = fit(_joined(sample, own, usable & ~mine))(own.x[mine])
-    return said
+    said, said_of_sample = np.full(len(own.x), np.nan), np.full(len(sample.x), np.nan)
+    for fold in np.unique(np.concatenate([folds, sample_folds])):
+        mine, of_sample = folds == fold, sample_folds == fold
+        if fold == ALWAYS:
+            continue
+        rest = WindowSample(sample.x[~of_sample], sample.nobody[~of_sample])
+        part = _joined(rest, own, usable & ~mine)
+        if len(set(part.nobody.tolist())) == 2:
+            judge = fit(part)
+            said_of_sample[of_sample] = judge(sample.x[of_sample])
+        else:
+            judge = fit(_joined(sample, own, usable & ~mine))
+        said[mine] = judge(own.x[mine])
+    return said, said_of_sample
 
 
 def _joined(sample: WindowSample, own: WindowSample, chosen: np.ndarray) -> WindowSample:
@@ -259,16 +172,27 @@ def with_window_probes(
     cache: Path | None = None,
     progress: bool = True,
 ) -> GateChoice:
-    """The choice with window probes and its threshold set anew; as it was where they do not lower text-FPR
-    over a range of budgets. Its window logits are out of fold: what they say of the clips is not flattered.
+    """The choice with window probes and its threshold set anew, by the training speech, too; without them
+    where they do not lower text-FPR over a range of budgets. Its window logits are out of fold: what they say
+    of the clips is not flattered.
 
     logits: (rows, frames) unsmoothed frame logits of the chosen gate on clips that it was not fitted on;
     targets: the same shape, SPEECH, NOBODY or UNCLEAR. training: with both kinds. cache: see
     `training_windows`. Where all calibration clips of a kind are of one group, nothing is fitted on them.
     """
     gate = choice.gate
-    taught = [clip for clip in (*training, *some_altered(training)) if _teaches(clip)]
-    sample = training_windows(model, gate, taught, cache=cache, progress=progress)
+    more_clips = (*some_altered(training), *some_snippets(training))
+    taught = [clip for clip in (*training, *more_clips) if _teaches(clip)]
+    windows = training_windows(model, gate, taught, cache=cache, progress=progress)
+    sample, sample_folds = windows.sample, _training_folds(windows.clips)
+    clean = _of_clean_speech(windows.clips)
+
+    def more_speech(said: np.ndarray) -> MoreSpeech:
+        """said: (training windows,) beside their frames, NaN where nobody judged."""
+        judged = np.flatnonzero(clean & (sample_folds != ALWAYS) & ~np.isnan(said))
+        groups = tuple(windows.clips[i].group for i in judged)
+        return MoreSpeech((windows.lowest + said)[judged], groups)
+
     x = calibration_windows(model, gate, logits, clips, sources, progress=progress)
     nobody, spoken = _kinds(clips, targets)
     own, folds = WindowSample(x, nobody), _folds(clips, sources, len(x))
@@ -277,10 +201,11 @@ def with_window_probes(
         if clip.set in UNTAUGHT:
             usable[list(clip.rows)] = False
     whole = _joined(sample, own, usable)
-    found: list[tuple[dict[str, float], Gate, np.ndarray]] = []
-    probes, probes_said, c = _best_probes(gate, sample, own, usable, folds, spoken)
+    found: list[tuple[dict[str, float], Gate, np.ndarray, np.ndarray]] = []
+    probes, (probes_said, of_sample), c = _best_probes(gate, sample, own, usable, folds, sample_folds, spoken)
     found += [
-        ({"window_share": share, "window_c": c}, probes(share), share * probes_said) for share in SHARES
+        ({"window_share": share, "window_c": c}, probes(share), share * probes_said, share * of_sample)
+        for share in SHARES
     ]
     known = nobody | spoken
     for width in WIDTHS:
@@ -289,21 +214,25 @@ def with_window_probes(
             kernel = fit_kernel(part, gate.layers, width)
             return lambda x: np.asarray(kernel.logits(torch.from_numpy(x)).double())
 
-        said = out_of_fold(sample, own, usable, folds, fit)
+        said, of_sample = out_of_fold(sample, own, usable, folds, sample_folds, fit)
         slope, start = _as_logit(said[known], nobody[known])
         kernel = scaled(fit_kernel(whole, gate.layers, width), slope, start)
         for share in SHARES:
             with_kernel = replace(gate, kernel=kernel, kernel_share=share)
             row = {"kernel_share": share, "kernel_width": width, "landmarks": float(len(kernel.weights))}
-            found.append((row, with_kernel, share * (slope * said + start)))
-    best = choice
-    table = list(choice.table)
-    for row, with_more, more in found:
-        tried = window_choice(choice.name, with_more, choice.window_logits + more, clips, budget)
+            mine, theirs = share * (slope * said + start), share * (slope * of_sample + start)
+            found.append((row, with_kernel, mine, theirs))
+    best = window_choice(
+        choice.name, gate, choice.window_logits, clips, budget, more_speech(np.zeros(len(sample.x)))
+    )
+    before, table = best.over_budgets[0], list(choice.table)
+    for row, with_more, more, theirs in found:
+        logits_ = choice.window_logits + more
+        tried = window_choice(choice.name, with_more, logits_, clips, budget, more_speech(theirs))
         table += [{**measured, **row} for measured in tried.table]
         if tried.over_budgets < best.over_budgets:
             best = tried
-    before, after = choice.over_budgets[0], best.over_budgets[0]
+    after = best.over_budgets[0]
     logger.info("windows as a whole: text-FPR over budgets %.4f -> %.4f", before, after)
     return replace(best, table=tuple(table))
 
@@ -312,15 +241,30 @@ def _teaches(clip: TrainingClip) -> bool:
     return not is_synthetic(clip) or zlib.crc32(clip.id.encode()) % _EVERY == 0
 
 
+def _training_folds(clips: Sequence[TrainingClip]) -> np.ndarray:
+    """(clips,) int: by group, so that no fit judges a voice or a source that it knows; ALWAYS where the group
+    is not known, as of synthetic clips."""
+    folds = [zlib.crc32(clip.group.encode()) % FOLDS if clip.group else ALWAYS for clip in clips]
+    return np.array(folds, dtype=int)
+
+
+def _of_clean_speech(clips: Sequence[TrainingClip]) -> np.ndarray:
+    """(clips,) bool."""
+    clean = {clip.id for clip in clean_speech(clips)}
+    return np.array([clip.id in clean for clip in clips], dtype=bool)
+
+
 def _best_probes(
     gate: Gate,
     sample: WindowSample,
     own: WindowSample,
     usable: np.ndarray,
     folds: np.ndarray,
+    sample_folds: np.ndarray,
     spoken: np.ndarray,
-) -> tuple[Callable[[float], Gate], np.ndarray, float]:
-    """(share -> the gate with window and sound probes, what they say out of fold, their C)."""
+) -> tuple[Callable[[float], Gate], tuple[np.ndarray, np.ndarray], float]:
+    """(share -> the gate with window and sound probes, what they say out of fold of own and of sample, their
+    C)."""
     layers, count = (*gate.layers, *gate.layers), len(gate.layers)
 
     def means(part: WindowSample) -> WindowSample:
@@ -330,8 +274,10 @@ def _best_probes(
         probes, intercept = fit_probes(means(part), layers, c)
         return lambda x: _said(probes, intercept, x[:, : 2 * count])
 
-    said = {c: out_of_fold(sample, own, usable, folds, partial(fit, c=c)) for c in REGULARISATIONS}
-    c = min(said, key=lambda one: _loss(said[one][own.nobody], said[one][spoken]))
+    said = {
+        c: out_of_fold(sample, own, usable, folds, sample_folds, partial(fit, c=c)) for c in REGULARISATIONS
+    }
+    c = min(said, key=lambda one: _loss(said[one][0][own.nobody], said[one][0][spoken]))
     probes, intercept = fit_probes(means(_joined(sample, own, usable)), layers, c)
 
     def weighed(share: float) -> Gate:

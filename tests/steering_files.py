@@ -27,9 +27,7 @@ def raw_gate(coef: torch.Tensor, intercept: float, *, layer: int = 1) -> Gate:
     """A gate whose frame logit is coef . x + intercept, unsmoothed, withholding above 0."""
     d = len(coef)
     probe = Probe(layer, "raw", coef, mean=torch.zeros(d), std=torch.ones(d))
-    return Gate(
-        (probe,), intercept, smooth=1, threshold=0.0, spread=0.0, frame_scale=1.0, frame_bias=0.0
-    )
+    return Gate((probe,), intercept, smooth=1, threshold=0.0, spread=0.0, frame_scale=1.0, frame_bias=0.0)
 
 
 def constant_steering(model: Whisper, logit: float, *, strength: float = 3.0, name: str = "test") -> Steering:

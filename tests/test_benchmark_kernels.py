@@ -37,7 +37,9 @@ def test_rows_of_a_tiny_case(monkeypatch):
         mine, plain = by[operation, OURS], by[operation, DENSE]
         assert plain["ratio_to_dense"] == 1 and mine["ns_per_frame"] > 0
         assert mine["ratio_to_dense"] == pytest.approx(
-            plain["ns_per_frame"] / mine["ns_per_frame"], rel=0.01, abs=0.001  # rounded for the file
+            plain["ns_per_frame"] / mine["ns_per_frame"],
+            rel=0.01,
+            abs=0.001,  # rounded for the file
         )
         assert mine["ratio_to_roofline"] is None and mine["error"] is None
     assert by["edit", OURS]["k"] == 32 and by["decode", OURS]["k"] == 4  # 32: there are no 100 to edit

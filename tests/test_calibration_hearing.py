@@ -54,7 +54,7 @@ def test_senseless_budgets_and_efforts_are_refused():
         Budget(wer_rise=float("nan"))
     with pytest.raises(UsageError, match="share is -0.1"):
         Budget(share=-0.1)
-    assert Budget(0.4, 0.5, 0.1).times(4) == Budget(1.0, 1.0, 0.4)
+    assert Budget(0.4, 0.5, 0.1, 0.02).times(4) == Budget(1.0, 1.0, 0.4, 0.08)
     with pytest.raises(UsageError, match="screened is 0: expected at least 1"):
         Effort(screened=0)
     assert Effort(finalists=0, measured=0).finalists == 0

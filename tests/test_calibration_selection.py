@@ -10,10 +10,12 @@ from calibration.gate_fit import NOBODY, SPEECH, UNCLEAR
 from calibration.selection import (
     Budget,
     CalibrationClip,
+    MoreSpeech,
     choose_gate,
     evaluate_threshold,
     lowest_threshold,
     smoothed,
+    window_choice,
     with_frame_gate,
     with_spread,
 )
@@ -240,3 +242,31 @@ def test_sets_that_are_not_understood_do_not_dilute_a_budget():
     assert costs.rise(change)[0] == pytest.approx(5 / 100)
     events = np.arange(40) == 0
     assert costs.share_hi(events) == pytest.approx(0.3)  # among the ten, not the forty
+
+
+def test_more_speech_counts_among_the_clips_that_may_be_lost():
+    """Three of 40 by the interval are 0.075; a further voice above the threshold is one of 41."""
+    clips = calibration(40)
+    logits = np.concatenate([np.full(40, -9.0), np.full(40, 1.0)])
+    budget = Budget(wer_rise=1.0, share=0.08, set_share=1.0)
+    assert lowest_threshold(clips, logits, budget) == pytest.approx(-4.0)
+    voices = MoreSpeech(np.array([5.0, -20.0]), ("ann", "bob"))
+    assert lowest_threshold(clips, logits, budget, voices) == pytest.approx(-4.0)  # 1 of 42: up to 3
+    two = MoreSpeech(np.array([5.0, 4.0]), ("ann", "bob"))
+    assert lowest_threshold(clips, logits, budget, two) == 4.0  # 2 of 42: up to 5, 0.12
+    # both of one speaker, whom the interval draws twice or not at all
+    same = MoreSpeech(np.array([5.0, 4.0]), ("ann", "ann"))
+    assert lowest_threshold(clips, logits, budget, same) == 4.0
+    assert window_choice("g", gate(), logits, clips, budget, two).result.text_fpr == 1.0
+    assert window_choice("g", gate(), logits, clips, budget).result.text_fpr == 0.0
+
+
+def test_the_set_that_suffers_most_is_named():
+    clips = calibration(3)
+    other = [replace(clip, set="other", id=f"o{i}") for i, clip in enumerate(calibration(2)[:2])]
+    costs = SpeechCosts([*clips, *other])
+    assert costs.understood.all()
+    words = costs.words[0]
+    change = np.array([-3.0, 0, 0, 1, 0])  # what one set gains does not pay for the other
+    assert costs.set_rise(change) == pytest.approx(1 / (2 * words))
+    assert costs.rise_value(change) < 0 and costs.set_rise(-np.ones(5)) == 0.0

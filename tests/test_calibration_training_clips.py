@@ -8,9 +8,11 @@ from calibration.training_clips import (
     CONDITIONS,
     TrainingClip,
     active_intervals,
+    clean_speech,
     frame_levels,
     make_variant,
     some_altered,
+    some_snippets,
     training_clips,
 )
 from whisper_steer.errors import UsageError
@@ -145,6 +147,36 @@ def test_real_recordings_come_altered_too():
     assert pitch(ann) == pytest.approx(1000 / slower, rel=0.01)
     assert made[2].make()[1] == ((pytest.approx(0.5 * slower, rel=1e-3), pytest.approx(slower, rel=1e-3)),)
     assert not np.array_equal(some_altered(clips, seed=1)[0].load(), dog)
+
+
+def test_snippets_are_a_word_long_and_of_speech_where_it_is_loud():
+    def clip(name, kind, condition, audio):
+        return TrainingClip(name, kind, condition, lambda: (audio, ((0.0, 1.0),)), f"group of {name}")
+
+    spoken = np.concatenate([np.zeros(8 * RATE, np.float32), tone(300, 2.0), np.zeros(8 * RATE, np.float32)])
+    clips = [
+        clip("dog", "nonspeech", "sounds", tone(500, 9.0)),
+        clip("corpus-nonspeech/1", "nonspeech", "tones", tone(100, 2.0)),
+        clip("dog#telephone", "nonspeech", "telephone", tone(500, 2.0)),
+        clip("ann", "real_speech", "clean", spoken),
+        clip("bob", "real_speech", "clean", tone(300, 0.3)),
+        clip("ann#noisy", "real_speech", "noisy", spoken),
+        clip("ann#telephone", "real_speech", "telephone", spoken),
+        clip("ann#noisy#telephone", "real_speech", "telephone", spoken),
+    ]
+    made = some_snippets(clips)
+    names = ["dog#snippet0", "dog#snippet1"] + [f"{n}#snippet{i}" for n in ("ann", "bob") for i in range(3)]
+    assert [one.id for one in made] == names
+    assert {one.group for one in made} == {"group of dog", "group of ann", "group of bob"}
+    for one in made:
+        audio, intervals = one.make()
+        assert np.array_equal(audio, one.load()) and np.isfinite(audio).all()  # the same again
+        assert len(audio) <= (1.6 / 0.8 + 0.8) * RATE and bool(intervals) == (one.kind != "nonspeech")
+    cut = made[2].load()
+    assert 0.35 * RATE <= len(cut) <= 2.4 * RATE
+    assert pitch(cut) == pytest.approx(300, abs=3)  # the tone was found in 18 s of which it is 2
+    assert pitch(made[5].load()) == pytest.approx(300, abs=5)  # too short to cut: the whole of it
+    assert [one.id for one in clean_speech(clips)] == ["ann", "bob", "ann#telephone"]
 
 
 def test_no_folder_at_all(tmp_path):

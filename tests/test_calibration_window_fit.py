@@ -15,15 +15,8 @@ from calibration.corpus import SPEECH_SETS
 from calibration.gate_fit import NOBODY, SPEECH
 from calibration.selection import Budget, choose_gate
 from calibration.training_clips import TrainingClip
-from calibration.window_fit import (
-    WindowSample,
-    fit_kernel,
-    fit_probes,
-    out_of_fold,
-    scaled,
-    training_windows,
-    with_window_probes,
-)
+from calibration.window_fit import ALWAYS, fit_kernel, fit_probes, out_of_fold, scaled, with_window_probes
+from calibration.window_samples import TrainingWindows, WindowSample, training_windows
 from whisper_steer.gate import Gate, likely_speech
 from whisper_steer.probe import Probe
 
@@ -50,10 +43,13 @@ def test_training_windows_are_read_as_the_gate_will(tmp_path):
     model, mine, clips = make_terse_whisper(1), raw_gate(), training()
     silent = TrainingClip("faint", "speech", "clean", lambda: (sound("faint", 1.0, speech=True), ()))
     cache = tmp_path / "windows.npz"
-    sample = training_windows(model, mine, [*clips, silent], cache=cache, progress=False)
+    windows = training_windows(model, mine, [*clips, silent], cache=cache, progress=False)
+    sample = windows.sample
     assert sample.nobody.tolist() == [False] * 3 + [True] * 3  # where nobody is found to speak, not taken
+    assert [clip.id for clip in windows.clips] == [clip.id for clip in clips]
     streams = encode_windows(model, window_mels(clips[4].make()[0], model.dims.n_mels)[:1], [0, 1])
     logits = mine.frame_logits(dict(enumerate(streams)))
+    assert windows.lowest[4] == pytest.approx(float(logits.min()), rel=1e-4, abs=1e-4)
     assert sample.x.shape == (6, 6, 32)
     for layer in (0, 1):
         expected = likely_speech(logits, streams[layer])[0].numpy()
@@ -68,7 +64,12 @@ def test_training_windows_are_read_as_the_gate_will(tmp_path):
 
     kept = [replace(clip, make=never) for clip in [*clips, silent]]
     again = training_windows(model, mine, kept, cache=cache, progress=False)
-    assert np.array_equal(again.x, sample.x) and np.array_equal(again.nobody, sample.nobody)
+    assert np.array_equal(again.sample.x, sample.x) and np.array_equal(again.sample.nobody, sample.nobody)
+    assert np.array_equal(again.lowest, windows.lowest)
+    # only what is new is read; another order, and fewer, are no news
+    new = replace(clips[0], id="new")
+    more = training_windows(model, mine, [new, kept[5], kept[0]], cache=cache, progress=False).sample
+    assert np.array_equal(more.x, sample.x[[0, 5, 0]]) and more.nobody.tolist() == [False, True, False]
     with pytest.raises(AssertionError, match="it was kept"):  # another gate reads other frames
         training_windows(model, replace(mine, smooth=7), kept, cache=cache, progress=False)
 
@@ -99,11 +100,31 @@ def test_a_window_is_judged_by_fits_that_did_not_see_its_fold():
         (probe,), start = fit_probes(part, (2,), 1.0)
         return lambda x: probe.logits(torch.from_numpy(x[:, 0])).numpy() + start
 
-    said = out_of_fold(sample, own, usable, folds, fit)
+    of_training = np.where(np.arange(20) < 6, ALWAYS, np.arange(20) % 3)
+    said, said_of_sample = out_of_fold(sample, own, usable, folds, of_training, fit)
+    assert np.isnan(said_of_sample[:6]).all()
     for fold in range(3):
-        rest = np.r_[np.ones(20, bool), usable & (folds != fold)]
-        judged = fit(WindowSample(x[rest], nobody[rest]))(own.x)
-        np.testing.assert_allclose(said[folds == fold], judged[folds == fold], rtol=1e-5, atol=1e-5)
+        rest = np.r_[of_training != fold, usable & (folds != fold)]
+        judge = fit(WindowSample(x[rest], nobody[rest]))
+        mine, theirs = folds == fold, of_training == fold
+        np.testing.assert_allclose(said[mine], judge(own.x)[mine], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(said_of_sample[theirs], judge(sample.x)[theirs], rtol=1e-5, atol=1e-5)
+
+
+def test_a_fit_without_a_class_judges_no_training_window():
+    x = np.array([-1.0, -2, 1, 2], np.float32)[:, None, None]
+    sample, nobody = WindowSample(x, np.array([False, False, True, True])), np.zeros(0, bool)
+    own = WindowSample(np.array([[[3.0]]], np.float32), np.array([True]))
+
+    def fit(part):
+        (probe,), start = fit_probes(part, (2,), 1.0)
+        return lambda x: probe.logits(torch.from_numpy(x[:, 0])).numpy() + start
+
+    # all speech is of one group, in fold 0 with the calibration clip
+    said, of_sample = out_of_fold(
+        sample, own, np.array([False]), np.array([0]), np.array([0, 0, ALWAYS, ALWAYS]), fit
+    )
+    assert said[0] > 0 and np.isnan(of_sample).all() and not len(nobody)
 
 
 def _rings(count, seed):
@@ -145,16 +166,14 @@ def test_a_kernel_wins_where_no_line_tells_windows_apart(monkeypatch):
     choice = choose_gate({"g": gate()}, {"g": logits}, clips, Budget(), smoothings=(1,))
     rings = _rings(60, 5)
     own = np.concatenate([rings.x[~rings.nobody], rings.x[rings.nobody]])
-    monkeypatch.setattr(window_fit, "training_windows", lambda *args, **options: _rings(200, 4))
+    monkeypatch.setattr(window_fit, "training_windows", lambda *args, **options: _windows(_rings(200, 4)))
     monkeypatch.setattr(window_fit, "calibration_windows", lambda *args, **options: own)
     targets = np.where(nobody, NOBODY, SPEECH)[:, None].repeat(50, axis=1)
     sources = {
         (c.set, c.id): SimpleNamespace(id=c.id, kind="speech" if c.is_speech else "nonspeech", group=c.id)
         for c in clips
     }
-    after = with_window_probes(
-        None, choice, logits, targets, clips, sources, [], Budget(), progress=False
-    )
+    after = with_window_probes(None, choice, logits, targets, clips, sources, [], Budget(), progress=False)
     assert choice.result.text_fpr > 0.9 and after.result.text_fpr < 0.2
     assert after.gate.kernel is not None and not after.gate.window_probes
     tried = [row for row in after.table if "kernel_share" in row]
@@ -172,16 +191,27 @@ def _of_width_two(signal, place=0):
     return x
 
 
-def chosen_with(monkeypatch, signal, place=0, groups=None, untaught=()):
+def _windows(sample, lowest=None):
+    """The sample as of synthetic clips; with `lowest` (windows,) of real speakers, each in a group of its
+    own."""
+    kinds = ["nonspeech" if nobody else "real_speech" for nobody in sample.nobody]
+    clips = [
+        TrainingClip(str(i), kind, "clean", lambda: None, "" if lowest is None else f"speaker {i}")
+        for i, kind in enumerate(kinds)
+    ]
+    return TrainingWindows(sample, np.zeros(len(clips)) if lowest is None else lowest, tuple(clips))
+
+
+def chosen_with(monkeypatch, signal, place=0, groups=None, untaught=(), heard_too=None):
     """A gate whose frames do not tell ten clips of each kind apart, and window probes on `signal` (20,) in
-    one of two places; the training windows' is in the first."""
+    one of two places; the training windows' is in the first. heard_too: see `_windows`."""
     clips = calibration(10)
     rng = np.random.default_rng(1)
     logits = np.repeat(rng.normal(0, 1, (20, 1)), 50, axis=1).astype(np.float32)
     choice = choose_gate({"g": gate()}, {"g": logits}, clips, Budget(), smoothings=(1,))
     assert choice.result.text_fpr > 0.5
     nobody = np.arange(20) >= 10
-    teach = WindowSample(_of_width_two(np.where(nobody, 1.0, -1.0)), nobody)
+    teach = _windows(WindowSample(_of_width_two(np.where(nobody, 1.0, -1.0)), nobody), heard_too)
     monkeypatch.setattr(window_fit, "UNTAUGHT", untaught)
     monkeypatch.setattr(window_fit, "training_windows", lambda *args, **options: teach)
     x = _of_width_two(signal, place)
@@ -222,7 +252,7 @@ def test_voices_that_nothing_is_trained_on_teach_nothing(monkeypatch):
     signal = np.where(np.arange(20) >= 10, 3.0, -3.0)
     sets = {clip.set for clip in calibration(10)}
     before, after = chosen_with(monkeypatch, signal, place=1, untaught=tuple(sets))
-    assert after.gate is before.gate
+    assert not after.gate.window_probes and after.gate.kernel is None
     assert window_fit.UNTAUGHT == tuple(sets)
     monkeypatch.undo()
     assert set(window_fit.UNTAUGHT) == {"speech_new_voice"} < set(SPEECH_SETS)
@@ -231,12 +261,22 @@ def test_voices_that_nothing_is_trained_on_teach_nothing(monkeypatch):
 def test_of_one_group_nothing_can_be_learnt(monkeypatch, caplog):
     signal = np.where(np.arange(20) >= 10, 3.0, -3.0)
     before, after = chosen_with(monkeypatch, signal, place=1, groups="one voice")
-    assert after.gate is before.gate and "training clips alone" in caplog.text
+    assert not after.gate.window_probes and "training clips alone" in caplog.text
     before, after = chosen_with(monkeypatch, signal, groups="one voice")
     assert after.result.text_fpr == 0  # what training clips show is used all the same
 
 
+def test_training_speech_counts_where_the_threshold_is_set(monkeypatch):
+    signal = np.where(np.arange(20) >= 10, 3.0, -3.0)
+    _, without = chosen_with(monkeypatch, signal)
+    lowest = np.zeros(20)
+    lowest[4] = 30.0  # a voice that frames take for noise
+    _, strict = chosen_with(monkeypatch, signal, heard_too=lowest)
+    assert without.gate.threshold < 20 < strict.gate.threshold
+    assert without.result.text_fpr == 0 and strict.result.text_fpr == 1  # nothing of noise is that high
+
+
 def test_window_probes_that_say_nothing_are_left_out(monkeypatch):
     before, after = chosen_with(monkeypatch, np.zeros(20))
-    assert after.gate is before.gate and after.result == before.result
+    assert not after.gate.window_probes and after.gate.kernel is None and after.result == before.result
     assert len(after.table) == 1 + 3 + 2 * 3

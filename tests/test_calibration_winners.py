@@ -34,7 +34,7 @@ def test_the_gate_alone_is_made_more_careful_until_it_keeps_the_budget() -> None
     clips = [clip(f"s{i}", i, WORDS) for i in range(40)] + [clip(f"n{i}", 40 + i, None) for i in range(10)]
     # the lost clip is the one most like noise; the noise lies above and below it
     logits = np.array([-9.0] * 39 + [0.0] + [-1.0] * 5 + [2.0] * 5)
-    budget = Budget(wer_rise=0.1, share=0.1, set_share=0.1)  # 3 of 40 by the interval: 0.075
+    budget = Budget(wer_rise=0.1, share=0.1, set_share=0.1, set_rise=0.1)  # 3 of 40 by the interval: 0.075
     probe = Probe(0, "raw", torch.ones(2), mean=torch.zeros(2), std=torch.ones(2))
     gate = Gate((probe,), 0.0, 1, threshold=0.0, spread=0.5, frame_scale=1.0, frame_bias=0.0)
     choice = window_choice("g", gate, logits, clips, budget)

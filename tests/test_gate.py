@@ -95,7 +95,9 @@ def test_window_threshold():
     gate = latent_gate()
     assert gate.window_threshold(1.0) == 2.0
     assert gate.window_threshold(0.5) == 2.5
-    assert gate.window_threshold(2.0) == 1.75
+    assert gate.window_threshold(0.25) == 3.0
+    assert gate.window_threshold(2.0) == 1.5
+    assert gate.window_threshold(8.0) == 0.5
     assert gate.window_threshold(0.0) == math.inf
 
 

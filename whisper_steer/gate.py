@@ -26,8 +26,9 @@ class Gate:
 
     The logit of a frame is the sum of its probes (one to four layers, ascending) and the intercept,
     averaged over `smooth` frames (odd).
-    threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises towards
-    small alphas and falls beyond 1. frame_scale, frame_bias: slope and centre of the per-frame gate.
+    threshold: the window logit above which a window is withheld at alpha 1; spread: how much it rises where
+    alpha is halved, and falls where it is doubled. frame_scale, frame_bias: slope and centre of the per-frame
+    gate.
     window_probes, sound_probes: read the window as a whole: raw activations of some of the gate's layers,
     averaged over its frames by how likely each is speech (softmax of minus the frame logits), and evenly over
     the frames before the padding; their logits and window_intercept are added to the window's.
@@ -190,7 +191,7 @@ class Gate:
         """Window logit above which the window's words are withheld; infinite at alpha 0."""
         if alpha <= 0:
             return math.inf
-        return self.threshold + self.spread * (1 / alpha - 1)
+        return self.threshold - self.spread * math.log2(alpha)
 
 
 def pooled_windows(frame_logits: Tensor, streams: Sequence[Tensor], padding: Tensor | None) -> Tensor:
