@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels --quick --json rows.json       # under five minutes on two cores
     python -m benchmarks.kernels --markdown docs/kernels.md     # every size, and the figures into the page
+    python -m benchmarks.kernels --devices cuda --alone         # the GPU without the CPU, ours against dense
 
 Everything runs on the same made-up activations and weights, in one run: dense torch, the same through
 torch.compile, whisper_steer's kernels, sparsify and SAELens in their own environments (make bench-env), and
@@ -241,6 +242,7 @@ def headline(
     )
     flags = " --quick" if options.quick else ""
     flags += "" if len(options.ops) == len(OPERATIONS) else f" --ops {' '.join(options.ops)}"
+    flags += f" --devices {' '.join(options.devices)}" if options.devices else ""
     flags += " --alone" if options.alone else ""
     flags += f" --threads {' '.join(map(str, options.threads))} --clock {options.clock}"
     return (
@@ -257,7 +259,11 @@ def run(options: argparse.Namespace) -> int:
     if options.clock == "cpu" and most > 1:
         raise UsageError(f"--clock cpu with --threads {most}: processor time needs --threads 1")
     text = page(options.markdown) if options.markdown else None
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() and options.clock != "cpu" else [])
+    there = ["cpu"] + (["cuda"] if torch.cuda.is_available() and options.clock != "cpu" else [])
+    devices = options.devices or there
+    if "cuda" in devices and "cuda" not in there:
+        why = "--clock cpu times a CPU" if options.clock == "cpu" else "there is no CUDA device"
+        raise UsageError(f"--devices cuda: {why}; leave it out to measure the CPU")
     before, started = load(), time.monotonic()
     options.deadline = started + options.limit
     rows: list[Row] = []
@@ -302,6 +308,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time, for a machine that does other work (default: wall)",
     )  # fmt: skip
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
     parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="default: all")
     parser.add_argument("--alone", action="store_true", help="dense torch and whisper_steer, no others")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.latency --quick                       # within ten minutes on two cores
     python -m benchmarks.latency --json rows.json              # tiny, base, small; all installed runtimes
-    python -m benchmarks.latency --shapes large-v3 --device cuda --runtimes openai transformers
+    python -m benchmarks.latency --shapes large-v3 --device cuda --runtimes openai --dtypes float32 float16
     python -m benchmarks.latency --quick --clock cpu --threads 1       # on a machine that others use, too
 
 Modes: shift_baked (in the weights), shift_hook, latents (LatentEdit of m latents), gate (a Gate that reads m
@@ -20,11 +20,12 @@ is the bundled mini.en on its noise clip: a withheld window need not be decoded.
 
 Columns: runtime, mode, m, batch, shape, encoder_ratio, end_to_end_ratio, peak_mb; and encoder_low,
 encoder_high, encoder_seconds (steered, a batch), real_time_factor (steered, seconds of computing per second
-of audio: features, encoder, greedy decoding of 32 tokens a window), rounds. peak_mb: highest resident memory
-of the process while steered (CPU; with faster, two models are loaded: plain and steered), or memory allocated
-on the device; None where the system does not tell. With --clock cpu every time is the processor time of this
-process in place of what the clock on the wall says: other programs cannot stretch it (threads that wait for
-one another count, hence --threads 1).
+of audio: features, encoder, greedy decoding of 32 tokens a window), rounds, dtype. peak_mb: highest resident
+memory of the process while steered (CPU; with faster, two models are loaded: plain and steered), or memory
+allocated on the device; None where the system does not tell. dtype: float32, or float16 (--dtypes, on CUDA):
+features and activations in half precision, as openai-whisper computes there unless it is told not to. With
+--clock cpu every time is the processor time of this process in place of what the clock on the wall says:
+other programs cannot stretch it (threads that wait for one another count, hence --threads 1).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,8 @@ SHORT_MODES = ("shift_baked", "shift_hook", "gated_latents", "reconstruction")
 EARLY_MODES = ("early_speech", "early_gap")
 ROW_SECONDS, QUICK_ROW_SECONDS = 3.0, 1.0
 QUICK_SECONDS = 510.0  # then settings are left out, and named
+DTYPES = ("float32", "float16")
+HALF_RUNTIMES = ("openai", "transformers")  # those that can be told to compute in float16
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _PACKAGES = {
     "openai": "whisper",
@@ -98,6 +101,7 @@ class Row:
     encoder_seconds: float | None
     real_time_factor: float | None
     rounds: int
+    dtype: str = "float32"
 
 
 def verdict(row: Row, device: str) -> str:
@@ -118,13 +122,14 @@ def verdict(row: Row, device: str) -> str:
 
 def table(rows: Sequence[Row], device: str) -> str:
     """All rows, aligned, for people."""
-    head = tuple("runtime,shape,batch,mode,m,encoder,interval,end to end,RTF,MB,target".split(","))
+    head = tuple("runtime,shape,batch,dtype,mode,m,encoder,interval,end to end,RTF,MB,target".split(","))
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         spread = "" if row.encoder_low is None else f"{row.encoder_low:.3f}-{row.encoder_high:.3f}"
         lines.append(
             (
-                row.runtime, row.shape, str(row.batch), row.mode, "" if row.m is None else str(row.m),
+                row.runtime, row.shape, str(row.batch), row.dtype, row.mode,
+                "" if row.m is None else str(row.m),
                 _number(row.encoder_ratio), spread, _number(row.end_to_end_ratio),
                 _number(row.real_time_factor), _number(row.peak_mb, 0), verdict(row, device),
             )
@@ -201,7 +206,9 @@ def alpha_change(runtime: Any, name: str, shape: str, rounds: int, clock: Callab
     return Row(name, "alpha_change", None, 1, shape, None, None, None, None, None, seconds, None, rounds)
 
 
-def nonspeech(rounds: int, device: str, clock: Callable[[], float] = time.perf_counter) -> Row:
+def nonspeech(
+    rounds: int, device: str, clock: Callable[[], float] = time.perf_counter, dtype: str = "float32"
+) -> Row:
     """The bundled model and steering on the bundled noise clip, through whisper.transcribe."""
     import whisper
 
@@ -213,14 +220,14 @@ def nonspeech(rounds: int, device: str, clock: Callable[[], float] = time.perf_c
     audio = load_audio(bundled_dir() / DEFAULT_MODEL / "demo" / "noise.flac")
 
     def work() -> object:
-        return whisper.transcribe(model, audio, fp16=False)
+        return whisper.transcribe(model, audio, fp16=dtype == "float16")
 
     reset_peak(device)
     whole = ratio_of(*paired(work, work, lambda: steer(model, decode_withheld=False), rounds, clock))
     seconds = whole.seconds / (len(audio) / SAMPLING_RATE)
     return Row(
         "openai", "nonspeech", None, 1, DEFAULT_MODEL, None, whole.median, peak_mb(device), None, None, None,
-        seconds, rounds,
+        seconds, rounds, dtype,
     )  # fmt: skip
 
 
@@ -246,9 +253,11 @@ def run(args: argparse.Namespace) -> list[Row]:
     def late() -> bool:
         return args.quick and time.perf_counter() - start > QUICK_SECONDS
 
-    rows = [nonspeech(args.rounds, args.device, CLOCKS[args.clock])]
+    last = [nonspeech(args.rounds, args.device, CLOCKS[args.clock], dtype) for dtype in args.dtypes]
+    rows: list[Row] = []
     made: tuple[str, str] | None = None
     runtime: Any = None
+    worn = DTYPES[0]
     spread = 1.0
     for name, shape, batch in settings(args):
         label = f"{name}, {shape}, batch {batch}"
@@ -260,18 +269,23 @@ def run(args: argparse.Namespace) -> list[Row]:
             runtime = None  # let go of the last model first
             model = random_model(shape)
             spread = stream_spread(model, args.device)
-            runtime, made = MAKERS[name](model, args.device), (name, shape)
+            runtime, made, worn = MAKERS[name](model, args.device), (name, shape), DTYPES[0]
             del model  # a runtime that has weights of its own shall not be charged for these
         if name == "faster" and batch == 1:
             rows.append(alpha_change(runtime, name, shape, args.rounds, CLOCKS[args.clock]))
         brief = (*SHORT_MODES, *(EARLY_MODES if batch == 1 else ()))
-        modes = modes_of(name, brief if args.quick and (shape != "tiny" or batch > 1) else None)
-        for done, row in enumerate(measure(runtime, name, shape, batch, modes, spread, args, late), 1):
-            rows.append(row)
-            if late() and done < len(modes):
-                print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)
-                break
-    return [*rows[1:], rows[0]]
+        only = args.modes or (brief if args.quick and (shape != "tiny" or batch > 1) else None)
+        modes = modes_of(name, only)
+        for dtype in args.dtypes:
+            if dtype != worn:
+                runtime.use(dtype)
+                worn = dtype
+            for done, row in enumerate(measure(runtime, name, shape, batch, modes, spread, args, late), 1):
+                rows.append(replace(row, dtype=dtype))
+                if late() and done < len(modes):
+                    print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)
+                    break
+    return [*rows, *last]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -285,7 +299,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "base", "small"])
     made.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N")
     made.add_argument("--rounds", type=int, default=None, metavar="N", help="default: 9, or 3 with --quick")
+    names = list(dict.fromkeys(mode for mode, _ in MODES))
+    made.add_argument("--modes", nargs="+", choices=names, default=None, help="default: all")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="float16: on CUDA; default: float32"
+    )
     made.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of this process")
     made.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
     made.add_argument(
@@ -310,6 +329,14 @@ def report(args: argparse.Namespace) -> None:
         raise UsageError("--rounds and --batches must be at least 1, --threads at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: there is no CUDA device here; use cpu")
+    if "float16" in args.dtypes:
+        if args.device == "cpu":
+            raise UsageError("--dtypes float16 is for --device cuda: on a CPU Whisper computes in float32")
+        if unable := [name for name in args.runtimes if name not in HALF_RUNTIMES]:
+            raise UsageError(
+                f"--dtypes float16: {unable[0]} is measured in float32 only; choose --runtimes "
+                + " ".join(HALF_RUNTIMES)
+            )
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = run(args)

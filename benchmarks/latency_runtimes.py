@@ -168,11 +168,18 @@ class OpenAIRuntime:
 
     def __init__(self, model: Whisper, device: str) -> None:
         self.model = model.to(device)
+        self.dtype = torch.float32
         self.end = 50257 if model.is_multilingual else 50256  # <|endoftext|>
 
     def features(self, audio: Tensor) -> Tensor:
         mels = self.model.dims.n_mels
-        return log_mel_spectrogram(audio, mels, device=self.model.device)[..., :N_FRAMES]
+        mel = log_mel_spectrogram(audio, mels, device=self.model.device)[..., :N_FRAMES]
+        return mel.to(self.dtype)
+
+    def use(self, dtype: str) -> None:
+        """Compute in "float16" from now on, as openai-whisper does on CUDA unless it is told not to (its
+        weights stay float32 and are rounded in every product), or in "float32" again."""
+        self.dtype = getattr(torch, dtype)
 
     def encode(self, features: Tensor) -> Tensor:
         with torch.no_grad():
@@ -180,13 +187,13 @@ class OpenAIRuntime:
 
     def decode(self, encoded: Tensor) -> Any:
         options = DecodingOptions(
-            language="en", fp16=False, without_timestamps=True, sample_len=TOKENS,
+            language="en", fp16=self.dtype == torch.float16, without_timestamps=True, sample_len=TOKENS,
             suppress_tokens=[self.end],
         )  # fmt: skip
         return self.model.decode(encoded, options)
 
     def steered(self, steering: Steering) -> Any:
-        return steer(self.model, steering=steering)
+        return _steered(self.model, steering)
 
     def baked(self, shift: Shift) -> Any:
         return _biased(self.model.encoder.blocks[shift.layer].mlp[2].bias, shift)
@@ -208,7 +215,7 @@ class TransformersRuntime:
             self.options["language"] = "en"
 
     def features(self, audio: Tensor) -> Tensor:
-        return self.openai.features(audio)
+        return self.openai.features(audio).to(self.model.dtype)
 
     def encode(self, features: Tensor) -> Any:
         with torch.no_grad():
@@ -218,7 +225,11 @@ class TransformersRuntime:
         return self.model.generate(encoder_outputs=encoded, **self.options)
 
     def steered(self, steering: Steering) -> Any:
-        return steer(self.model, steering=steering)
+        return _steered(self.model, steering)
+
+    def use(self, dtype: str) -> None:
+        """Hold the weights in "float16" or "float32" from now on, and compute in it."""
+        self.model.to(getattr(torch, dtype))
 
     def baked(self, shift: Shift) -> Any:
         return _biased(self.model.model.encoder.layers[shift.layer].fc2.bias, shift)
@@ -374,6 +385,15 @@ MAKERS: dict[str, Callable[[Whisper, str], Any]] = {
     "faster": FasterRuntime,
     "whisper.cpp": WhisperCppRuntime,
 }
+
+
+@contextmanager
+def _steered(model: Any, steering: Steering) -> Iterator[None]:
+    """With the steering's tensors on the model's device before anything is timed: there they stay for as
+    long as a model is steered."""
+    with steer(model, steering=steering) as handle:
+        handle.on(model.device)
+        yield
 
 
 @contextmanager

@@ -57,6 +57,18 @@ def test_wrong_answers_are_not_timed(monkeypatch):
         kernels_contestants.check(REQUEST)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_right_answers_pass_in_every_dtype(dtype):
+    """Dense torch itself, in bfloat16, would not: it rounds before it compares with the threshold."""
+    request = replace(REQUEST, d=256, n=2048, k=20, dtype=dtype)
+    kernels_contestants.check(request)
+    size = made(request)
+    exact = kernels_contestants.kernels.encode(size.x, size.W_enc, size.b_enc, theta=size.theta).dense()
+    rounded = kernels_contestants.encode_threshold(size.x, size.W_enc, size.b_enc, size.theta).float()
+    lost = float(((exact > 0) & (rounded == 0)).sum() / (exact > 0).sum())
+    assert lost > 0.005 if dtype == "bfloat16" else lost < 0.005
+
+
 def test_made_up_codes_are_as_sparse_as_asked():
     size = made(replace(REQUEST, d=64, n=1000, k=20, frames=600))
     passing = (size.x @ size.W_enc.T > size.theta).sum(dim=1).float().mean()
@@ -140,7 +152,10 @@ def test_the_command_writes_rows_and_page(tmp_path, monkeypatch, capsys):
     assert "not run: no compiler" in capsys.readouterr().out
 
 
-def test_wrong_arguments_end_with_one_line(tmp_path, capsys):
+def test_wrong_arguments_end_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: False)
+    assert main(["--devices", "cuda"]) == 2
+    assert "--devices cuda: there is no CUDA device; leave it out" in capsys.readouterr().err
     assert main(["--threads", "2", "--clock", "cpu"]) == 2
     assert "--clock cpu with --threads 2: processor time needs --threads 1" in capsys.readouterr().err
     assert main(["--markdown", str(tmp_path / "none.md")]) == 2

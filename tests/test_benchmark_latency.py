@@ -16,6 +16,7 @@ from steering_files import brief_whisper
 from benchmarks import latency, latency_runtimes
 from benchmarks.latency import Row, modes_of, settings, table, verdict
 from benchmarks.latency_timing import Ratio, paired, ratio_of
+from whisper_steer.attach import handles_of
 from whisper_steer.errors import UsageError
 from whisper_steer.zoo import load_model
 
@@ -106,7 +107,8 @@ def test_verdicts(changes, device, expected):
 def test_table_is_aligned():
     unmeasured = replace(ROW, mode="nonspeech", encoder_ratio=None, encoder_low=None)
     lines = table([ROW, unmeasured], "cpu").splitlines()
-    assert lines[0].split() == "runtime shape batch mode m encoder interval end to end RTF MB target".split()
+    head = "runtime shape batch dtype mode m encoder interval end to end RTF MB target"
+    assert lines[0].split() == head.split()
     assert lines[1].index("1.004") == lines[0].index("encoder")
     assert "0.990-1.010" in lines[1] and "0.990" not in lines[2]
 
@@ -215,7 +217,7 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
         raise AssertionError("went on")
 
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device, clock: replace(ROW, mode="nonspeech"))
+    monkeypatch.setattr(latency, "nonspeech", lambda *given: replace(ROW, mode="nonspeech"))
     monkeypatch.setattr(latency, "measure", one_row)
     monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: None)
     monkeypatch.setattr(latency_runtimes, "stream_spread", lambda model, device: 1.0)
@@ -234,7 +236,7 @@ def test_a_run_over_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: brief_whisper())
     monkeypatch.setattr(latency_runtimes, "dimensions", lambda shape: brief_whisper().dims)
     monkeypatch.setattr(latency_runtimes, "TOKENS", 4)
-    monkeypatch.setattr(latency, "nonspeech", lambda rounds, device, clock: replace(ROW, mode="nonspeech"))
+    monkeypatch.setattr(latency, "nonspeech", lambda *given: replace(ROW, mode="nonspeech"))
     out = tmp_path / "rows.json"
     arguments = ["--shapes", "tiny", "--batches", "1", "--rounds", "1", "--runtimes", "openai"]
     arguments += ["--clock", "cpu"]
@@ -310,6 +312,60 @@ def test_whisper_cpp_is_measured_with_its_own_files(monkeypatch):
         latency_runtimes.WhisperCppRuntime(model, "cuda")
 
 
+def test_half_precision_is_used_and_left_again(monkeypatch):
+    """One runtime for both: features and activations follow, and each row says which it was."""
+    model, seen = brief_whisper(), []
+    runtime = latency_runtimes.OpenAIRuntime(model, "cpu")
+    sound = latency_runtimes.sound(1)
+    for dtype in ("float16", "float32"):
+        runtime.use(dtype)
+        encoded = runtime.encode(runtime.features(sound))
+        assert str(encoded.dtype) == f"torch.{dtype}"
+    fresh = latency_runtimes.OpenAIRuntime(brief_whisper(), "cpu")
+    assert torch.equal(encoded, fresh.encode(fresh.features(sound)))
+
+    class Recorder:
+        def use(self, dtype):
+            seen.append(dtype)
+
+    def one_row(runtime, *given):
+        yield replace(ROW, mode="gate")
+
+    monkeypatch.setattr(latency, "nonspeech", lambda *given: replace(ROW, mode="nonspeech", dtype=given[-1]))
+    monkeypatch.setattr(latency, "measure", one_row)
+    monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: None)
+    monkeypatch.setattr(latency_runtimes, "stream_spread", lambda model, device: 1.0)
+    monkeypatch.setitem(latency_runtimes.MAKERS, "openai", lambda model, device: Recorder())
+    words = ["--shapes", "tiny", "--batches", "1", "2", "--rounds", "1", "--runtimes", "openai"]
+    rows = latency.run(latency.parser().parse_args([*words, "--dtypes", "float32", "float16"]))
+    assert [row.dtype for row in rows] == ["float32", "float16"] * 3
+    assert seen == ["float16", "float32", "float16"]
+
+
+def test_the_steering_is_on_the_device_before_the_clock_runs(monkeypatch):
+    """A handle copies it there when it is first used; that is done once for as long as a model is steered."""
+    model = brief_whisper()
+    runtime = latency_runtimes.OpenAIRuntime(model, "cpu")
+    with runtime.steered(latency_runtimes.steering_for("gated_latents", 100, model.dims)):
+        (handle,) = handles_of(model)
+        assert list(handle._by_device) == [model.device]
+    assert handles_of(model) == ()
+
+
+def test_only_the_modes_that_are_asked_for():
+    args = latency.parser().parse_args(["--modes", "latents", "gate"])
+    assert modes_of("openai", args.modes) == [("latents", 10), ("latents", 100), ("gate", 100)]
+
+
 def test_wrong_usage(capsys):
     assert latency.main(["--rounds", "0"]) == 2
     assert "--rounds and --batches must be at least 1" in capsys.readouterr().err
+    assert latency.main(["--dtypes", "float16"]) == 2
+    assert "--dtypes float16 is for --device cuda" in capsys.readouterr().err
+
+
+def test_float16_of_a_runtime_that_has_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["--device", "cuda", "--runtimes", "openai", "faster", "--dtypes", "float16"]
+    assert latency.main(words) == 2
+    assert "faster is measured in float32 only" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_faster_whisper_leaves_padding_alone_too():
     open_ = changed_gate(OPEN, coef=torch.zeros(192), mean=torch.zeros(192), std=torch.ones(192))
     steering = Steering((Shift(3, direction, 1.0),), open_)
     features = padded_mel()[:1]
-    model = load_model("mini.en")
+    model = load_model("mini.en", device="cpu")
     with torch.no_grad(), steer(model, steering=steering):
         expected = model.encoder(features)
     faster = WhisperModel(str(mini_ct2()), steering=steering, **CPU)

@@ -26,7 +26,7 @@ def setup(tmp_path_factory):
     def none(clips):
         raise AssertionError("these methods do not ask for plain transcripts")
 
-    return Setup(load_model("mini.en"), "mini.en", tmp_path_factory.mktemp("cache"), none, none)
+    return Setup(load_model("mini.en", device="cpu"), "mini.en", tmp_path_factory.mktemp("cache"), none, none)
 
 
 def clips(**audios):
