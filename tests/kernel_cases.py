@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,3 +160,15 @@ def codes_of(rows, n):
         for latent, value in row.items():
             dense[number, latent] = value
     return Codes.of(dense)
+
+
+@contextmanager
+def no_waiting():
+    """Within the block, what makes the host wait for the GPU is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -14,6 +14,20 @@ from whisper_steer import kernels
 from whisper_steer.errors import UsageError
 from whisper_steer.kernels import choose, triton_launch
 
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that have run."""
+    names, run = [], triton_launch._run
+
+    def noting(kernel, *arguments, **options):
+        names.append(kernel.fn.__name__)
+        run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(triton_launch, "_run", noting)
+    return names
+
+
 KEPT = ("frames without codes", "ties", "denormals")
 
 
@@ -47,19 +61,39 @@ def test_rows_with_more_codes_than_places():
     assert error(whole.dense(), expected) < 1e-6
 
 
-def test_ties_of_the_running_top_k_go_to_the_lower_latent():
-    x, W_enc = torch.ones(2, 4), torch.ones(100, 4)
-    codes = kernels.encode(x, W_enc, torch.zeros(100), k=5, impl="triton")
-    assert codes.values.tolist() == [[4.0] * 5] * 2
-    assert codes.indices.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 2
+def test_pre_activations_are_written_in_parts(monkeypatch):
+    """16 frames at a time, and what is left."""
+    monkeypatch.setattr(triton_launch, "WRITTEN_BYTES", 1)
+    case = random_case(frames=37, n=200)
+    for rule, expected in (({"k": 150}, dense_codes(case, 150)), ({"theta": case.theta}, dense_codes(case))):
+        codes = kernels.encode(case.x, case.W_enc, case.b_enc, **rule, impl="triton")
+        exact, unsure = expected
+        assert error(codes.dense().masked_fill(unsure, 0), exact.masked_fill(unsure, 0)) < 1e-6
+        assert codes.values.shape[0] == 37
 
 
-def test_a_large_k_is_taken_in_chunks(monkeypatch):
-    monkeypatch.setattr(triton_launch, "CHUNK", 7)
-    case = random_case(n=200)
-    codes = kernels.encode(case.x, case.W_enc, case.b_enc, k=150, impl="triton")
-    assert codes.values.shape == (18, 150)
-    assert error(codes.dense(), dense_codes(case, 150)[0]) < 1e-6
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_where_torch_rounds_the_sums_of_halves_triton_multiplies(monkeypatch, launched, dtype):
+    monkeypatch.setattr(triton_launch, "_gives_float32_sums", lambda: False)
+    check(random_case(frames=3, d=24, n=40), "triton", dtype)
+    assert "encode_threshold" in launched and "keep_above" not in launched
+    launched.clear()
+    check(random_case(frames=3, d=24, n=40), "triton")
+    assert "encode_threshold" not in launched and "keep_above" in launched
+
+
+def test_edits_of_many_frames_in_float32_go_to_the_reference(monkeypatch, launched):
+    monkeypatch.setattr(triton_launch, "MOST_FRAMES", 17)
+    case = random_case(frames=18)
+    change = kernels.Change("scale", torch.zeros(70), 1.0)
+    for dtype, frames, fused in ((torch.float32, 18, 0), (torch.float32, 17, 1), (torch.float16, 18, 1)):
+        given = case.to(dtype)
+        rows = (given.W_enc, given.b_enc, given.theta, given.W_dec)
+        launched.clear()
+        found = kernels.edit(given.x[:frames], *rows, change, impl="triton")
+        assert launched == ["edit"] * fused
+        expected = kernels.edit(given.x[:frames], *rows, change, impl="reference")
+        assert error(found, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_many_edited_latents_go_to_the_reference(monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from kernel_cases import no_waiting
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
 import whisper_steer
@@ -100,11 +101,8 @@ def test_the_encoder_does_not_wait_for_the_device(gpu):
     given = mels("speech, then noise").cuda().half()
     with torch.no_grad(), steer(gpu, alpha=1.0):
         expected = gpu.encoder(given)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             found = gpu.encoder(given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found, expected)
 
 
@@ -225,6 +223,23 @@ def test_an_sae_learns_what_it_learns_on_the_cpu(sparse, autocast):
         errors[device] = last
         assert last < 0.5 * first
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.15)
+
+
+def test_clips_are_heard_in_batches(cpu, gpu):
+    """Calibration's transcripts: on CUDA windows are float16, the clip's spectrogram is not."""
+    from calibration.decoding import transcribe_clips
+
+    audios = [demo(name) for name in CLIPS]
+    here, there = (transcribe_clips(model, audios) for model in (cpu, gpu))
+    for found, expected in zip(there, here, strict=True):
+        assert found.text == expected.text
+        assert [(w.seek, w.size, w.text) for w in found.windows] == [
+            (w.seek, w.size, w.text) for w in expected.windows
+        ]
+        assert np.allclose(found.greedy, expected.greedy, atol=0.02)
+    (longer,) = transcribe_clips(gpu, [np.concatenate([demo("speech"), demo("music"), *[demo("noise")] * 3])])
+    assert longer.windows[0].seek == 0 and 0 < longer.windows[1].seek <= 3000
+    assert sum(window.size for window in longer.windows) >= 3900
 
 
 def test_what_trains_faster_is_measured_there():

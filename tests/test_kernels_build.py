@@ -94,10 +94,17 @@ def test_the_edit_compiles(compiled, dtype):
 def test_encoding_by_thresholds_compiles(compiled, dtype):
     case = random_case(frames=3, d=384, n=500).to(dtype)
     found = compiled(triton_launch.encode_threshold, case.x, case.W_enc, case.b_enc, case.theta, width=200)
+    assert set(found) == {"keep_above"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encoding_while_multiplying_compiles(compiled, monkeypatch, dtype):
+    """With a torch that rounds the sums of halves."""
+    monkeypatch.setattr(triton_launch, "_gives_float32_sums", lambda: False)
+    case = random_case(frames=3, d=384, n=500).to(dtype)
+    found = compiled(triton_launch.encode_threshold, case.x, case.W_enc, case.b_enc, case.theta, width=200)
     assert set(found) == {"encode_threshold", "gather_segments"}
-    ptx = found["encode_threshold"]
-    assert "tf32" not in ptx
-    assert multiplies(ptx) == ({"fma.rn"} if dtype == torch.float32 else {"wgmma"})
+    assert multiplies(found["encode_threshold"]) == {"wgmma"}
 
 
 @pytest.mark.parametrize("index", [torch.int16, torch.int32])
@@ -110,15 +117,6 @@ def test_products_of_codes_compile(compiled, index):
         scattered = compiled(triton_launch.weight_gradient, codes, case.x, deterministic=False)
         assert "red" in scattered["scatter_rows"] or "atom" in scattered["scatter_rows"]
         assert compiled(triton_launch.weight_gradient, codes, case.x).keys() == {"weighted_rows"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("k", [1, 16, 50, 128])
-def test_the_running_top_k_compiles(compiled, dtype, k):
-    case = random_case(frames=3, d=384, n=500).to(dtype)
-    ptx = compiled(triton_launch.encode_topk, case.x, case.W_enc, case.b_enc, k)["encode_topk"]
-    assert "tf32" not in ptx and multiplies(ptx)
 
 
 @pytest.mark.slow

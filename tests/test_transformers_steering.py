@@ -440,7 +440,7 @@ def test_backend_refuses_what_it_cannot_do(mini):
 
 def test_backend_loads_a_transformers_folder(model, tmp_path):
     model.save_pretrained(tmp_path / "tiny")
-    loaded = TransformersBackend(tmp_path / "tiny").load()
+    loaded = TransformersBackend(tmp_path / "tiny", device="cpu").load()
     assert isinstance(loaded, WhisperForConditionalGeneration)
     assert torch.equal(loaded.model.encoder.layers[0].fc1.weight, model.model.encoder.layers[0].fc1.weight)
 

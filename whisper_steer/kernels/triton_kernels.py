@@ -93,32 +93,33 @@ def gather_segments(
 
 
 @triton.jit
-def encode_topk(
-    x, w, b, values, indices, frames, n, d, k,
-    K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def keep_above(
+    pre, b, theta, values, indices, counts, first, n, width,
+    BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The k largest relu'd pre-activations of BLOCK_F frames; K: the next power of two, at most BLOCK_N.
-
-    A key is the value's bits (ordered like the value where it is not negative) above the latent's number,
-    counted from the end: ties go to the lower latent.
-    """
-    rows = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    best = tl.full((BLOCK_F, K), -1, dtype=tl.int64)
-    for begin in range(0, n, BLOCK_N):
-        columns = begin + tl.arange(0, BLOCK_N)
-        pre = encode_tile(x, w, b, rows, columns, frames, n, d, BLOCK_D, PRECISION, UPCAST)
-        # + 0.0 turns a negative zero, whose bits sort wrongly, into a positive one
-        bits = (tl.maximum(pre, 0.0) + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
-        keys = (bits << 32) | (n - 1 - columns).to(tl.int64)[None, :]
-        keys = tl.where((columns < n)[None, :], keys, -1)
-        joined = tl.reshape(tl.join(best, tl.topk(keys, K)), (BLOCK_F, 2 * K))
-        best = tl.topk(joined, K)
-    places = tl.arange(0, K)
-    there = (rows < frames)[:, None] & (places < k)[None, :]
-    target = rows.to(tl.int64)[:, None] * k + places[None, :]
-    tl.store(values + target, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=there)
-    tl.store(indices + target, (n - 1 - (best & 0xFFFFFFFF)).to(tl.int32), mask=there)
+    """One frame's codes from its pre-activations without the bias, pre (frames, n) float32, ascending, into
+    the padded row `first` places below; the rest of the row becomes 0."""
+    here = tl.program_id(0).to(tl.int64)
+    row = first + here
+    used = 0
+    for begin in range(0, n, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        there = columns < n
+        value = tl.load(pre + here * n + columns, mask=there, other=0.0)
+        value += tl.load(b + columns, mask=there, other=0.0).to(tl.float32)
+        least = tl.load(theta + columns, mask=there, other=0.0).to(tl.float32)
+        keep = (value > tl.maximum(least, 0.0)) & there
+        flags = keep.to(tl.int32)
+        place = used + tl.cumsum(flags, 0) - flags
+        fits = keep & (place < width)
+        tl.store(values + row * width + place, value, mask=fits)
+        tl.store(indices + row * width + place, columns, mask=fits)
+        used += tl.sum(flags, 0)
+    rest = tl.arange(0, BLOCK_W)
+    empty = (rest >= used) & (rest < width)
+    tl.store(values + row * width + rest, tl.zeros((BLOCK_W,), dtype=tl.float32), mask=empty)
+    tl.store(indices + row * width + rest, tl.zeros((BLOCK_W,), dtype=tl.int32), mask=empty)
+    tl.store(counts + row, used)
 
 
 @triton.jit

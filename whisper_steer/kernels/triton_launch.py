@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import reference
 from .arguments import MODES, Change
@@ -23,12 +24,13 @@ from .codes import Codes
 
 # latents of one fused edit: more are better served by the dense products of the reference
 MOST_EDITED = 256
-# k of the running top-k: beyond it sorting costs more than the product saved
-MOST_TOPK = 128
+# frames of an edit in float32 beyond which the same goes for it
+MOST_FRAMES = 2048
+# bytes of pre-activations that are written at a time
+WRITTEN_BYTES = 1 << 28
 SEGMENTS = 4
 # places per frame that are tried first where a width is not given
 FIRST_WIDTH = 128
-CHUNK = 1024  # frames at a time where pre-activations are written after all
 
 
 @lru_cache(maxsize=1)
@@ -89,62 +91,100 @@ def encode_threshold(
 def _encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, width: int, lead: tuple[int, ...]
 ) -> Codes:
-    (frames, d), n = x.shape, len(W_enc)
-    W_enc = _fitting(W_enc, x)
-    blocks = _encode_blocks(x.dtype)
-    segment = _up(-(-n // SEGMENTS), blocks["BLOCK_N"])
-    parts = -(-n // segment)
-    places = min(width, segment)
+    frames, n = len(x), len(W_enc)
     values = torch.empty(frames, width, dtype=torch.float32, device=x.device)
     indices = torch.empty(frames, width, dtype=torch.int32, device=x.device)
     counts = torch.empty(frames, dtype=torch.int32, device=x.device)
-    if frames:
-        part_values = torch.empty(frames, parts, places, dtype=torch.float32, device=x.device)
-        part_indices = torch.empty(frames, parts, places, dtype=torch.int32, device=x.device)
-        part_counts = torch.empty(frames, parts, dtype=torch.int32, device=x.device)
+    codes = Codes(values, indices, n, lead, counts=counts)
+    weights = _fitting(W_enc, x), b_enc.contiguous(), theta.contiguous()
+    if frames and _is_written(x.dtype):
+        _find_in_written(x, *weights, values, indices, counts)
+    elif frames:
+        _find_while_multiplying(x, *weights, values, indices, counts)
+    return codes
+
+
+def _is_written(dtype: torch.dtype) -> bool:
+    """Are pre-activations written, by torch's own product, before codes are looked for in them? That is more
+    than twice as fast as a product in Triton that looks for them on the way (docs/kernels.md), where torch
+    can give the sums of such a product in float32."""
+    return dtype == torch.float32 or _gives_float32_sums()
+
+
+def _find_in_written(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, values: Tensor, indices: Tensor, counts: Tensor
+) -> None:
+    n, width = len(W_enc), values.shape[1]
+    first = 0
+    for part in x.split(_written_frames(n)):
         _run(
-            _kernels().encode_threshold, (-(-frames // blocks["BLOCK_F"]), parts),
-            x, W_enc, b_enc.contiguous(), theta.contiguous(), part_values, part_indices, part_counts,
-            frames, n, d, segment, places, **blocks,
-            PRECISION="ieee", UPCAST=_upcast(x.dtype), num_warps=4 if x.dtype == torch.float32 else 8,
+            _kernels().keep_above, (len(part),),
+            _product(part, W_enc), b_enc, theta, values, indices, counts, first, n, width,
+            BLOCK=min(1024, _power(n)), BLOCK_W=_power(width), num_warps=4,
         )  # fmt: skip
-        _run(
-            _kernels().gather_segments, (frames,),
-            part_values, part_indices, part_counts, values, indices, counts, parts, places, width,
-            BLOCK_P=_power(places), BLOCK_W=_power(width),
-        )  # fmt: skip
-    return Codes(values, indices, n, lead, counts=counts)
+        first += len(part)
+
+
+def _find_while_multiplying(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, values: Tensor, indices: Tensor, counts: Tensor
+) -> None:
+    (frames, d), n, width = x.shape, len(W_enc), values.shape[1]
+    blocks = {"BLOCK_F": 16 if interpreted() else 64, "BLOCK_N": 32 if interpreted() else 128}
+    segment = _up(-(-n // SEGMENTS), blocks["BLOCK_N"])
+    parts = -(-n // segment)
+    places = min(width, segment)
+    part_values = torch.empty(frames, parts, places, dtype=torch.float32, device=x.device)
+    part_indices = torch.empty(frames, parts, places, dtype=torch.int32, device=x.device)
+    part_counts = torch.empty(frames, parts, dtype=torch.int32, device=x.device)
+    _run(
+        _kernels().encode_threshold, (-(-frames // blocks["BLOCK_F"]), parts),
+        x, W_enc, b_enc, theta, part_values, part_indices, part_counts,
+        frames, n, d, segment, places, **blocks, BLOCK_D=32 if interpreted() else 64,
+        PRECISION="ieee", UPCAST=_upcast(x.dtype), num_warps=4,
+    )  # fmt: skip
+    _run(
+        _kernels().gather_segments, (frames,),
+        part_values, part_indices, part_counts, values, indices, counts, parts, places, width,
+        BLOCK_P=_power(places), BLOCK_W=_power(width),
+    )  # fmt: skip
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Codes:
-    """Padded codes, largest first. Beyond MOST_TOPK, or where Triton has no top-k, pre-activations are
-    written for CHUNK frames at a time."""
+    """Padded codes, in no order. torch's own top-k of pre-activations that are written for some frames at a
+    time: a running top-k inside the product took ten times as long as both (docs/kernels.md)."""
     n = len(W_enc)
     k = min(k, n)
-    if k > MOST_TOPK or not hasattr(_kernels().tl, "topk"):
-        return _encode_topk_in_chunks(x, W_enc, b_enc, k)
     flat = _rows(x.to(torch.promote_types(x.dtype, W_enc.dtype)))
-    frames, d = flat.shape
-    values = torch.empty(frames, k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(frames, k, dtype=torch.int32, device=x.device)
-    if frames:
-        # the sort's keys are 64 bits each: fewer frames at a time where it is wider, or registers run out
-        few = max(16, min(64, 2048 // _power(k)))
-        blocks = {"BLOCK_F": 16 if interpreted() else few, "BLOCK_N": max(64, _power(k)), "BLOCK_D": 32}
-        _run(
-            _kernels().encode_topk, (-(-frames // blocks["BLOCK_F"]),),
-            flat, _fitting(W_enc, flat), b_enc.contiguous(), values, indices, frames, n, d, k,
-            K=_power(k), **blocks, PRECISION="ieee", UPCAST=_upcast(flat.dtype), num_warps=4,
-        )  # fmt: skip
+    values = torch.empty(len(flat), k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(len(flat), k, dtype=torch.int32, device=x.device)
+    weights, bias = _fitting(W_enc, flat), b_enc.float()
+    first = 0
+    for part in flat.split(_written_frames(n)):
+        here = slice(first, first + len(part))
+        pre = _product(part, weights).add_(bias).relu_()
+        values[here], indices[here] = pre.topk(k, dim=1, sorted=False)
+        first += len(part)
     return Codes(values, indices, n, tuple(x.shape[:-1]))
 
 
-def _encode_topk_in_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Codes:
-    parts = [reference.encode_topk(part, W_enc, b_enc, k) for part in _rows(x).split(CHUNK)]
-    return Codes(
-        torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]),
-        len(W_enc), tuple(x.shape[:-1]),
-    )  # fmt: skip
+def _product(x: Tensor, W_enc: Tensor) -> Tensor:
+    """W_enc x of some frames, float32 whatever comes in, by torch's own product."""
+    if x.dtype == torch.float32:
+        return linear(x, W_enc)
+    if x.is_cuda and _gives_float32_sums():
+        return torch.mm(x, W_enc.T, out_dtype=torch.float32)
+    return linear(x.float(), W_enc.float())
+
+
+@lru_cache(maxsize=1)
+def _gives_float32_sums() -> bool:
+    """Can torch give the sums of a product of halves as they are? From 2.8 on."""
+    return hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _written_frames(n: int) -> int:
+    """How many frames' pre-activations are written at a time."""
+    return max(16, WRITTEN_BYTES // (4 * n) // 16 * 16)
 
 
 def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -154,13 +194,15 @@ def decode(codes: Codes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     if out.numel() == 0:
         return out
     csr = codes.offsets is not None
-    block = min(256, _power(d))
+    # one warp: several would have to add their shares of a sum up through shared memory
+    single = W_dec.dtype == torch.float32
+    block = min(128 if single else 256, _power(d))
     values = codes.values.contiguous()
     _run(
         _kernels().weighted_rows, (codes.frames, -(-d // block)),
         values, codes.indices.contiguous(), codes.offsets if csr else values, W_dec.contiguous(),
         values if b_dec is None else b_dec.contiguous(), out, d, 0 if csr else codes.values.shape[1],
-        CSR=csr, HAS_BIAS=b_dec is not None, BLOCK_K=8, BLOCK_D=block, num_warps=4,
+        CSR=csr, HAS_BIAS=b_dec is not None, BLOCK_K=8 if single else 4, BLOCK_D=block, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -207,18 +249,18 @@ def edit(
     change: Change,
     gate: Tensor | None,
 ) -> Tensor:
-    """As reference.edit: one read of x, one write of x'. More than MOST_EDITED latents go to the
-    reference."""
+    """As reference.edit: one read of x, one write of x'. More than MOST_EDITED latents go to the reference,
+    and so do more than MOST_FRAMES frames in float32."""
     m = len(W_enc)
-    if m > MOST_EDITED:
-        return reference.edit(x, W_enc, b_enc, theta, W_dec, change, gate)
+    # one dtype for all products: the wider of the two, so that float32 weights stay exact
+    work = x.dtype if W_enc.dtype == x.dtype else torch.float32
     flat = _rows(x)
     frames, d = flat.shape
+    if m > MOST_EDITED or (work == torch.float32 and frames > MOST_FRAMES):
+        return reference.edit(x, W_enc, b_enc, theta, W_dec, change, gate)
     out = torch.empty_like(flat)
     if out.numel():
-        # one dtype for all products: the wider of the two, so that float32 weights stay exact
-        work = x.dtype if W_enc.dtype == x.dtype else torch.float32
-        rows = 16 if interpreted() else 64 if m <= 128 and work != torch.float32 else 32
+        rows = 16 if interpreted() or work == torch.float32 else 64 if m <= 128 else 32
         dummy = b_enc.contiguous()
         _run(
             _kernels().edit, (-(-frames // rows),),
@@ -226,7 +268,7 @@ def edit(
             change.values.contiguous(), dummy if gate is None else gate.reshape(-1).contiguous(), out,
             frames, m, d, float(change.amount), MODE=MODES.index(change.mode), FLOOR=change.floor,
             GATED=gate is not None, M=max(16, _power(m)), BLOCK_F=rows,
-            BLOCK_D=64 if work != torch.float32 else 32, PRECISION="ieee",
+            BLOCK_D=64 if work != torch.float32 or m <= 128 else 32, PRECISION="ieee",
             UPCAST=_upcast(work) or work != x.dtype, SCALED=work == torch.float16, num_warps=4,
         )  # fmt: skip
     return out.reshape(x.shape)
@@ -247,14 +289,6 @@ def _fitting(W: Tensor, x: Tensor) -> Tensor:
 def _upcast(dtype: torch.dtype) -> bool:
     """numpy, in which the interpreter computes, has no bfloat16."""
     return interpreted() and dtype == torch.bfloat16
-
-
-def _encode_blocks(dtype: torch.dtype) -> dict[str, int]:
-    if interpreted():
-        return {"BLOCK_F": 16, "BLOCK_N": 32, "BLOCK_D": 32}
-    if dtype == torch.float32:
-        return {"BLOCK_F": 64, "BLOCK_N": 64, "BLOCK_D": 32}
-    return {"BLOCK_F": 128, "BLOCK_N": 128, "BLOCK_D": 64}
 
 
 def _power(size: int) -> int:
