@@ -17,7 +17,7 @@ RUN := $(BIN)/python -m
 DATA_FLAG := $(if $(DATA),--data $(DATA))
 # how the bundled steering is chosen
 SWEEP = --model mini.en --labels $(OUT)/labels.jsonl $(DATA_FLAG) --corpus $(OUT)/corpus --gate-kind any --no-refit \
-  --edits additive_l3_k50 --screened 12 --finalists 1 --heard 60 --joined 40 --frontier 120
+  --edits additive_l3_k50 --screened 12 --finalists 1 --heard 60 --joined 120 --frontier 120
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

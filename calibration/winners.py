@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from calibration.edit_candidates import (
+    best_in_gaps,
     candidate_record,
     dearest,
     fit_to_budget,
@@ -167,6 +168,10 @@ def find_winner(
     nothing = hearing.hear((), [*passing, *speech], "gate alone", progress=progress)
     ranked.append(_ranked(calibration, hearing, None, nothing, passing, progress))
     for candidate in pick_finalists(candidates, calibration.effort.finalists):
+        candidate = best_in_gaps(
+            lambda one: hearing.hear(one.edits, calibration.joined, f"{one.name}, gaps", progress=progress),
+            candidate,
+        )
         candidate, heard = fit_to_budget(
             lambda one: hearing.hear(one.edits, [*passing, *speech], one.name, progress=progress),
             candidate,

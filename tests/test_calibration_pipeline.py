@@ -10,7 +10,7 @@ from calibration_tools import clips, make_terse_whisper, sound
 
 from calibration import edit_fit, fit, gate_fit, winners
 from calibration.decoding import transcribe_clips
-from calibration.edit_candidates import fit_to_budget, pick_finalists
+from calibration.edit_candidates import best_in_gaps, fit_to_budget, pick_finalists
 from calibration.fit_again import fit_of
 from calibration.fit_files import read_fit, write_fit
 from calibration.gated_hearing import GatedHearing
@@ -323,6 +323,21 @@ def test_strengths_are_halved_until_words_are_safe():
     silent = Candidate("silence", edits[:1], 1.0, 0.0, Effect(0, 0, 0, 0, 0))
     kept, heard = fit_to_budget(lambda one: Heard({}, 0, 0, 0.5, 0.5), silent, 0.001)
     assert kept is silent and heard.rise == 0.5
+
+
+def test_an_edit_is_made_weaker_as_long_as_gaps_gain():
+    candidate = Candidate("a", (Shift(1, torch.ones(4), 8.0),), 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+    errors = {8.0: 0.4, 4.0: 0.3, 2.0: 0.3, 1.0: 0.1}
+
+    def hear(one):
+        return Heard({}, errors[one.edits[0].strength], 0.5, 0.0, 0.0)
+
+    found = best_in_gaps(hear, candidate)
+    assert found.edits[0].strength == 4.0 and found.size == 0.5  # as good at 2, so no weaker
+    errors[2.0] = 0.2
+    assert best_in_gaps(hear, candidate).edits[0].strength == 1.0  # three halvings are all
+    silent = Candidate("silence", (MeanAblation(0, torch.zeros(1, 4)),), 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+    assert best_in_gaps(hear, silent) is silent
 
 
 def test_only_the_named_edits_take_part(calibration, latent_gate):
