@@ -244,8 +244,9 @@ def settings(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     return [(name, shape, batch) for name, shape, batch in plan if batch == 1 or name != "whisper.cpp"]
 
 
-def run(args: argparse.Namespace) -> list[Row]:
-    """All rows; prints what it is at, and what is left out, to stderr."""
+def run(args: argparse.Namespace, save: Callable[[list[Row]], object] = lambda rows: None) -> list[Row]:
+    """All rows; prints what it is at, and what is left out, to stderr. save: is given the rows so far after
+    each one, so that a run that is stopped leaves what it has measured."""
     from benchmarks.latency_runtimes import MAKERS, random_model, stream_spread
 
     start = time.perf_counter()
@@ -282,6 +283,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                 worn = dtype
             for done, row in enumerate(measure(runtime, name, shape, batch, modes, spread, args, late), 1):
                 rows.append(replace(row, dtype=dtype))
+                save([*rows, *last])
                 if late() and done < len(modes):
                     print(f"latency: stopped, for lack of time, after {row.mode} of {label}", file=sys.stderr)
                     break
@@ -310,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="small once, tiny with all runtimes; in ten minutes"
     )
-    made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows here")
+    made.add_argument("--json", type=Path, default=None, metavar="FILE", help="the rows, one by one")
     return made
 
 
@@ -339,10 +341,14 @@ def report(args: argparse.Namespace) -> None:
             )
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = run(args)
+
+    def save(rows: list[Row]) -> None:
+        if args.json is not None:
+            write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+    rows = run(args, save)
+    save(rows)
     print(table(rows, args.device))
-    if args.json is not None:
-        write_whole(args.json, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

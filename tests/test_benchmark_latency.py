@@ -232,6 +232,23 @@ def test_lack_of_time_is_said_and_ends_the_run(monkeypatch, capsys):
     ]
 
 
+def test_a_run_that_is_stopped_leaves_its_rows(monkeypatch, tmp_path):
+    def two_rows(runtime, name, shape, batch, modes, spread, args, late):
+        yield replace(ROW, mode="gate")
+        yield replace(ROW, mode="latents", m=10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "nonspeech", lambda *given: replace(ROW, mode="nonspeech"))
+    monkeypatch.setattr(latency, "measure", two_rows)
+    monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: None)
+    monkeypatch.setattr(latency_runtimes, "stream_spread", lambda model, device: 1.0)
+    monkeypatch.setitem(latency_runtimes.MAKERS, "openai", lambda model, device: None)
+    words = ["--shapes", "tiny", "--batches", "1", "--runtimes", "openai", "--json"]
+    assert latency.main([*words, str(tmp_path / "rows.json")]) != 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["mode"] for row in rows] == ["gate", "latents", "nonspeech"]
+
+
 def test_a_run_over_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(latency_runtimes, "random_model", lambda shape: brief_whisper())
     monkeypatch.setattr(latency_runtimes, "dimensions", lambda shape: brief_whisper().dims)
