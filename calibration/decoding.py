@@ -249,10 +249,11 @@ def _transcribe_one(
 
 def _find_window(clip: _Prefetched, window: Tensor, start: int) -> int:
     """Mel frame at which `window` was cut from the clip, not before `start`."""
-    window = window.to(clip.mel)
-    candidates = (clip.mel[:, start : clip.content_frames] == window[:, :1]).all(dim=0).nonzero().flatten()
+    # on a GPU windows are float16: the clip is rounded as they were
+    window, mel = window.to(clip.mel.device), clip.mel.to(window.dtype)
+    candidates = (mel[:, start : clip.content_frames] == window[:, :1]).all(dim=0).nonzero().flatten()
     for candidate in (candidates + start).tolist():
-        if torch.equal(cut_window(clip.mel, clip.content_frames, candidate), window):
+        if torch.equal(cut_window(mel, clip.content_frames, candidate), window):
             return int(candidate)
     raise RuntimeError("a window that was decoded is not a slice of its clip's spectrogram")
 

@@ -6,6 +6,8 @@ import torch
 import whisper
 from calibration_tools import make_terse_whisper, sound
 
+from calibration import decoding
+from calibration.activations import cut_window, padded_log_mel
 from calibration.decoding import ClipTranscript, DecodedWindow, transcribe_clips, withhold
 
 
@@ -98,3 +100,14 @@ def test_outcome_of_a_clip():
 def test_a_clip_too_short_for_one_frame(model):
     transcript = transcribe_clips(model, [np.zeros(10, np.float32)])[0]
     assert transcript.text == "" and transcript.windows == ()
+
+
+def test_windows_in_half_precision_are_found():
+    """As on a GPU, where mels are float16 when they are decoded."""
+    mel, content = padded_log_mel(sound("half", 35.0, speech=True), 80)
+    clip = decoding._Prefetched(mel, content, [])
+    for seek in (0, 500):
+        window = cut_window(mel, content, seek).half()
+        assert decoding._find_window(clip, window, 0) == seek
+    with pytest.raises(RuntimeError, match="not a slice"):
+        decoding._find_window(clip, cut_window(mel, content, 0).half() + 1, 0)

@@ -197,35 +197,46 @@ class Gate:
 def pooled_windows(frame_logits: Tensor, streams: Sequence[Tensor], padding: Tensor | None) -> Tensor:
     """(batch, frames), by layer (batch, frames, d_model), (batch, frames) bool -> (batch, 3 * layers,
     d_model), float32: `likely_speech` of every layer, then `mean_of_sound`, then `spread_of_sound`."""
-    pools = [likely_speech(frame_logits, x) for x in streams]
-    pools += [mean_of_sound(x, padding) for x in streams]
-    return torch.stack([*pools, *(spread_of_sound(x, padding) for x in streams)], dim=1)
+    odds, even = _odds(frame_logits), _sound_weights(frame_logits, padding)
+    weights = torch.cat([odds, even], dim=-2)  # one product per layer gives both means
+    pools: list[list[Tensor]] = [[], [], []]
+    for stream in streams:
+        x = stream.float()
+        means = weights @ x
+        spread = (even @ (x - means[:, 1:]).square()).sqrt()
+        for pool, one in zip(pools, (means[:, :1], means[:, 1:], spread), strict=True):
+            pool.append(one)
+    return torch.cat([one for pool in pools for one in pool], dim=1)
 
 
 def likely_speech(frame_logits: Tensor, x: Tensor) -> Tensor:
     """(batch, frames), (batch, frames, d_model) -> (batch, d_model), float32: the mean of x over the frames,
     each weighted by the odds exp(-logit) that somebody speaks in it."""
-    weights = torch.softmax(-frame_logits.float(), dim=-1).unsqueeze(-2)
-    return (weights @ x.float()).squeeze(-2)
+    return (_odds(frame_logits) @ x.float()).squeeze(-2)
 
 
 def mean_of_sound(x: Tensor, padding: Tensor | None) -> Tensor:
     """(batch, frames, d_model), (batch, frames) bool -> (batch, d_model), float32: the mean of x over the
     frames that are not padding; over all of a window that is nothing else."""
-    return (_sound_weights(x, padding) @ x.float()).squeeze(-2)
+    return (_sound_weights(x[..., 0], padding) @ x.float()).squeeze(-2)
 
 
 def spread_of_sound(x: Tensor, padding: Tensor | None) -> Tensor:
     """As `mean_of_sound`, the standard deviation over those frames (of n, not n - 1)."""
-    weights, x = _sound_weights(x, padding), x.float()
+    weights, x = _sound_weights(x[..., 0], padding), x.float()
     return (weights @ (x - weights @ x).square()).squeeze(-2).sqrt()
 
 
-def _sound_weights(x: Tensor, padding: Tensor | None) -> Tensor:
+def _odds(frame_logits: Tensor) -> Tensor:
+    """(batch, frames) -> (batch, 1, frames), float32: the odds that somebody speaks; their sum is 1."""
+    return torch.softmax(-frame_logits.float(), dim=-1).unsqueeze(-2)
+
+
+def _sound_weights(like: Tensor, padding: Tensor | None) -> Tensor:
     """(batch, 1, frames), float32: even over the frames that are not padding, over all if there are none;
-    their sum is 1."""
+    their sum is 1. like: (batch, frames)."""
     if padding is None:
-        padding = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        padding = torch.zeros_like(like, dtype=torch.bool)
     sound = ~padding | padding.all(dim=-1, keepdim=True)
     return (sound / sound.sum(dim=-1, keepdim=True)).unsqueeze(-2)
 
