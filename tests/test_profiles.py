@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def steering() -> Steering:
     """Withholds nothing at alpha 0.6, everything from alpha 1 on; for the model named "tiny"."""
     made = constant_steering(brief_whisper(), -0.5)
     assert made.gate is not None
-    # the threshold is 0.1 at alpha 0.6, -0.7 at 1, -1.2 at 1.8
+    # the threshold is 0.18 at alpha 0.6, -0.7 at 1, -1.72 at 1.8
     return with_profiles(replace(made, gate=replace(made.gate, threshold=-0.7, spread=1.2)))
 
 
@@ -145,7 +146,7 @@ def test_transcribe_by_profile(steering: Steering) -> None:
     strict = whisper_steer.transcribe(sound, model, profile="strict", steering=steering, temperature=0.0)
     assert (strict.alpha, strict.profile, strict.text) == (1.8, "strict", "")
     (window,) = strict.suppressed
-    assert window.logit == -0.5 and window.threshold == pytest.approx(-0.7 + 1.2 * (1 / 1.8 - 1))
+    assert window.logit == -0.5 and window.threshold == pytest.approx(-0.7 - 1.2 * math.log2(1.8))
     plain = whisper_steer.transcribe(sound, model, alpha=0.6, steering=steering, temperature=0.0)
     assert plain.profile is None and plain.text == gentle.text
     with pytest.raises(UsageError, match="both given"):
