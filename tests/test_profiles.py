@@ -287,6 +287,7 @@ def test_bake_approximately_by_profile(
         raise UsageError("nothing to fit on")
 
     monkeypatch.setattr(shift_fit, "fit_from_folder", fit)
+    monkeypatch.setattr("whisper_steer.attach._warned_above_one", True)  # said once per process, maybe before
     words = ["bake", "--model", shelf / "tiny.pt", "--steering", shelf / "named.safetensors"]
     words += ["--approximate", tmp_path, "--profile", "strict"]
     code, _, err = run(capsys, *words)
