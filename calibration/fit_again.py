@@ -57,8 +57,10 @@ def fit_of(
         "seed": int(recipe.get("fit_seed", 0)),
         "training": recipe.get("training", DEFAULT_TRAINING),
         "gate_frames": {},
-        # of the choice that gave the file; what window probes did there is no longer so
-        "earlier_gates": [row for row in recipe.get("gates", ()) if "window_share" not in row],
+        # of the choice that gave the file; what window probes and kernels did there is no longer so
+        "earlier_gates": [
+            row for row in recipe.get("gates", ()) if not {"window_share", "kernel_share"} & row.keys()
+        ],
     }
     return Fit(
         gates={recipe["gate"]: bare},

@@ -188,7 +188,11 @@ def test_a_steering_file_can_be_chosen_again(setting, calibration, latent_gate, 
     edit = dataclasses.replace(fitted.edits["svector_l1"], strength=0.1)
     recipe = {
         "gate": choice.name,
-        "gates": [*choice.table, {"gate": choice.name, "window_share": 1.0}],
+        "gates": [
+            *choice.table,
+            {"gate": choice.name, "window_share": 1.0},
+            {"gate": choice.name, "kernel_share": 1.0},
+        ],
         "edit": {"name": "svector_l1", "recipes": [fitted.recipes["svector_l1"]]},
         "fit_seed": 7,
     }
