@@ -15,6 +15,8 @@ AudioSAE's recipe by its own budget as steering-audiosae.safetensors, each with 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -44,6 +46,11 @@ def _training(calibration: Calibration, corpus: Path | None, data_dir: Path | No
             "the fit does not say which training clips it used: run python -m calibration.fit again"
         )
     return training_clips(corpus, data_dir, **drawn)
+
+
+def _drawing(drawn: object) -> str:
+    """A name for how training clips were drawn: the same clip, drawn otherwise, may sound otherwise."""
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def print_result(title: str, steering: Steering) -> None:
@@ -141,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.gate_kind,
             training=training,
             refitted=args.refitted and not args.again,
-            cache=args.fit / "whole_windows.npz",
+            cache=args.fit / f"windows-{_drawing(fit.record.get('training'))}.npz",
         )
         choice = replace(choice, table=(*fit.record.get("earlier_gates", ()), *choice.table))
         result = choice.result

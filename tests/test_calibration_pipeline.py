@@ -8,7 +8,7 @@ import pytest
 import torch
 from calibration_tools import clips, make_terse_whisper, sound
 
-from calibration import edit_fit, fit, gate_fit, winners
+from calibration import edit_fit, fit, gate_fit, sweep, winners
 from calibration.decoding import transcribe_clips
 from calibration.edit_candidates import best_in_gaps, fit_to_budget, pick_finalists
 from calibration.fit_again import fit_of
@@ -377,3 +377,10 @@ def test_gate_kind_must_exist(calibration):
     other.__dict__.update(calibration.__dict__, fit=only_raw)
     with pytest.raises(UsageError, match="no gate of kind 'latents'"):
         winners.find_gate(other, "latents")
+
+
+def test_windows_of_clips_that_were_drawn_otherwise_are_kept_apart():
+    drawn = {"speech": 1600, "real": 700, "seed": 1}
+    name = sweep._drawing(drawn)
+    assert name == sweep._drawing(dict(reversed(drawn.items()))) and len(name) == 12
+    assert len({name, *(sweep._drawing({**drawn, key: 2}) for key in drawn), sweep._drawing(None)}) == 5
