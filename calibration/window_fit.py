@@ -28,10 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import SVC
 
 from calibration.gate_fit import SPEECH
 from calibration.refit import FOLDS, UNTAUGHT, deal_folds
@@ -49,11 +45,9 @@ from calibration.training_clips import (
     some_altered,
     some_snippets,
 )
+from calibration.window_parts import WIDTHS, best_probes, depths, kernel_of
 from calibration.window_samples import WindowSample, calibration_windows, training_windows
 from whisper_steer.errors import UsageError
-from whisper_steer.gate import Gate
-from whisper_steer.probe import Probe
-from whisper_steer.window_kernel import WindowKernel
 
 if TYPE_CHECKING:
     from whisper.model import Whisper
@@ -62,63 +56,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("whisper_steer")
 
-REGULARISATIONS = (0.3, 1.0, 3.0)  # C of the regression
 SHARES = (1.0, 2.0, 0.5)  # what the window probes, or the kernel, may weigh beside the frames
-COMPONENTS = 128  # of the standardised pools: what a kernel compares
-WIDTHS = (1.0, 2.0)  # gamma of a kernel, in units of one over the number of pooled features
-PENALTY = 10.0  # C of the support vector machine
-_FLAT = 1e-4  # of the widest: what varies less than this counts as so wide, for one over it must fit a half
 _EVERY = 3  # of the synthetic training clips one in so many teaches
 ALWAYS = -2  # the fold of windows that teach in every fit
-
-
-def fit_probes(sample: WindowSample, layers: Sequence[int], c: float) -> tuple[tuple[Probe, ...], float]:
-    """(one raw probe per place of the sample, the intercept) of the logit that nobody speaks; both classes
-    weigh the same. layers: of the places."""
-    mean = sample.x.mean(axis=0)
-    std = np.maximum(sample.x.std(axis=0), 1e-6)
-    features = ((sample.x - mean) / std).reshape(len(sample.x), -1)
-    regression = LogisticRegression(C=c, max_iter=3000, class_weight="balanced")
-    regression.fit(features, sample.nobody)
-    coefficients = regression.coef_[0].reshape(len(layers), -1).astype(np.float32)
-    probes = tuple(
-        Probe(layer, "raw", torch.from_numpy(coefficients[i].copy()), mean=mean[i], std=std[i])
-        for i, layer in enumerate(layers)
-    )
-    return probes, float(regression.intercept_[0])
-
-
-def fit_kernel(sample: WindowSample, layers: Sequence[int], width: float, seed: int = 0) -> WindowKernel:
-    """A support vector machine on the principal components of the standardised pools, both classes weighing
-    the same; its logit is the distance from the margin, in units of the margin.
-
-    sample: of all pools of `layers`. Projection and landmarks are rounded to half precision, in which they
-    are kept.
-    """
-    flat = sample.x.reshape(len(sample.x), -1).astype(np.float64)
-    mean, std = flat.mean(axis=0), flat.std(axis=0)
-    std = np.maximum(std, max(_FLAT * std.max(), _FLAT))
-    standard = (flat - mean) / std
-    count = min(COMPONENTS, *standard.shape)
-    components = PCA(count, svd_solver="randomized", random_state=seed).fit(standard).components_
-    projection = (components / std).astype(np.float16).astype(np.float64)
-    z = ((flat - mean) @ projection.T).astype(np.float16).astype(np.float64)
-    gamma = width / flat.shape[1]
-    machine = SVC(C=PENALTY, gamma=gamma, class_weight="balanced", cache_size=1000).fit(z, sample.nobody)
-    return WindowKernel(
-        layers=tuple(layers),
-        projection=torch.from_numpy(projection),
-        offset=torch.from_numpy(projection @ mean),
-        landmarks=torch.from_numpy(machine.support_vectors_),
-        weights=torch.from_numpy(machine.dual_coef_[0]),
-        gamma=gamma,
-        intercept=float(machine.intercept_[0]),
-    )
-
-
-def scaled(kernel: WindowKernel, slope: float, start: float) -> WindowKernel:
-    """The kernel whose logits are slope times as large, plus start."""
-    return replace(kernel, weights=slope * kernel.weights, intercept=slope * kernel.intercept + start)
 
 
 def out_of_fold(
@@ -201,35 +141,24 @@ def with_window_probes(
         if clip.set in UNTAUGHT:
             usable[list(clip.rows)] = False
     whole = _joined(sample, own, usable)
-    found: list[tuple[dict[str, float], Gate, np.ndarray, np.ndarray]] = []
-    probes, (probes_said, of_sample), c = _best_probes(gate, sample, own, usable, folds, sample_folds, spoken)
-    found += [
-        ({"window_share": share, "window_c": c}, probes(share), share * probes_said, share * of_sample)
-        for share in SHARES
-    ]
+    judge = partial(out_of_fold, sample, own, usable, folds, sample_folds)
+    probes = best_probes(gate, whole, judge, own, spoken)
+    found = [probes.weighed(gate, share) for share in SHARES]
     known = nobody | spoken
-    for width in WIDTHS:
-
-        def fit(part: WindowSample, width: float = width) -> Callable[[np.ndarray], np.ndarray]:
-            kernel = fit_kernel(part, gate.layers, width)
-            return lambda x: np.asarray(kernel.logits(torch.from_numpy(x)).double())
-
-        said, of_sample = out_of_fold(sample, own, usable, folds, sample_folds, fit)
-        slope, start = _as_logit(said[known], nobody[known])
-        kernel = scaled(fit_kernel(whole, gate.layers, width), slope, start)
-        for share in SHARES:
-            with_kernel = replace(gate, kernel=kernel, kernel_share=share)
-            row = {"kernel_share": share, "kernel_width": width, "landmarks": float(len(kernel.weights))}
-            mine, theirs = share * (slope * said + start), share * (slope * of_sample + start)
-            found.append((row, with_kernel, mine, theirs))
+    for count in depths(gate):
+        for width in WIDTHS:
+            kernel = kernel_of(gate, count, width, whole, judge, known, nobody)
+            for share in SHARES:
+                found.append(kernel.weighed(gate, share))
+                found.append(kernel.weighed(gate, share, beside=probes))
     best = window_choice(
         choice.name, gate, choice.window_logits, clips, budget, more_speech(np.zeros(len(sample.x)))
     )
     before, table = best.over_budgets[0], list(choice.table)
-    for row, with_more, more, theirs in found:
-        logits_ = choice.window_logits + more
-        tried = window_choice(choice.name, with_more, logits_, clips, budget, more_speech(theirs))
-        table += [{**measured, **row} for measured in tried.table]
+    for one in found:
+        logits_ = choice.window_logits + one.said
+        tried = window_choice(choice.name, one.gate, logits_, clips, budget, more_speech(one.of_sample))
+        table += [{**measured, **one.row} for measured in tried.table]
         if tried.over_budgets < best.over_budgets:
             best = tried
     after = best.over_budgets[0]
@@ -252,50 +181,6 @@ def _of_clean_speech(clips: Sequence[TrainingClip]) -> np.ndarray:
     """(clips,) bool."""
     clean = {clip.id for clip in clean_speech(clips)}
     return np.array([clip.id in clean for clip in clips], dtype=bool)
-
-
-def _best_probes(
-    gate: Gate,
-    sample: WindowSample,
-    own: WindowSample,
-    usable: np.ndarray,
-    folds: np.ndarray,
-    sample_folds: np.ndarray,
-    spoken: np.ndarray,
-) -> tuple[Callable[[float], Gate], tuple[np.ndarray, np.ndarray], float]:
-    """(share -> the gate with window and sound probes, what they say out of fold of own and of sample, their
-    C)."""
-    layers, count = (*gate.layers, *gate.layers), len(gate.layers)
-
-    def means(part: WindowSample) -> WindowSample:
-        return WindowSample(part.x[:, : 2 * count], part.nobody)
-
-    def fit(part: WindowSample, c: float) -> Callable[[np.ndarray], np.ndarray]:
-        probes, intercept = fit_probes(means(part), layers, c)
-        return lambda x: _said(probes, intercept, x[:, : 2 * count])
-
-    said = {
-        c: out_of_fold(sample, own, usable, folds, sample_folds, partial(fit, c=c)) for c in REGULARISATIONS
-    }
-    c = min(said, key=lambda one: _loss(said[one][0][own.nobody], said[one][0][spoken]))
-    probes, intercept = fit_probes(means(_joined(sample, own, usable)), layers, c)
-
-    def weighed(share: float) -> Gate:
-        scaled_ = tuple(replace(probe, coef=share * probe.coef) for probe in probes)
-        return replace(
-            gate,
-            window_probes=scaled_[:count],
-            sound_probes=scaled_[count:],
-            window_intercept=share * intercept,
-        )
-
-    return weighed, said[c], c
-
-
-def _as_logit(said: np.ndarray, nobody: np.ndarray) -> tuple[float, float]:
-    """(slope, start) of Platt's scaling: slope * said + start is the logit; both classes weigh the same."""
-    regression = LogisticRegression(C=1e3, class_weight="balanced").fit(said[:, None], nobody)
-    return float(regression.coef_[0, 0]), float(regression.intercept_[0])
 
 
 def _kinds(clips: Sequence[CalibrationClip], targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -321,14 +206,3 @@ def _folds(
     for clip, owner in zip(clips, owners, strict=True):
         folds[list(clip.rows)] = owner
     return folds
-
-
-def _loss(nobody: np.ndarray, spoken: np.ndarray) -> float:
-    """Mean cross-entropy (nats) of logits that nobody speaks, both classes weighing the same."""
-    return float(np.logaddexp(0.0, -nobody).mean() + np.logaddexp(0.0, spoken).mean()) / 2
-
-
-def _said(probes: Sequence[Probe], intercept: float, x: np.ndarray) -> np.ndarray:
-    """(windows, places, d_model) -> (windows,) float64."""
-    parts = [probe.logits(torch.from_numpy(x[:, i])) for i, probe in enumerate(probes)]
-    return np.asarray((torch.stack(parts).sum(dim=0) + intercept).double())

@@ -15,7 +15,8 @@ from calibration.corpus import SPEECH_SETS
 from calibration.gate_fit import NOBODY, SPEECH
 from calibration.selection import Budget, choose_gate
 from calibration.training_clips import TrainingClip
-from calibration.window_fit import ALWAYS, fit_kernel, fit_probes, out_of_fold, scaled, with_window_probes
+from calibration.window_fit import ALWAYS, out_of_fold, with_window_probes
+from calibration.window_parts import fit_kernel, fit_probes, scaled
 from calibration.window_samples import TrainingWindows, WindowSample, training_windows
 from whisper_steer.gate import Gate, likely_speech
 from whisper_steer.probe import Probe
@@ -177,7 +178,8 @@ def test_a_kernel_wins_where_no_line_tells_windows_apart(monkeypatch):
     assert choice.result.text_fpr > 0.9 and after.result.text_fpr < 0.2
     assert after.gate.kernel is not None and not after.gate.window_probes
     tried = [row for row in after.table if "kernel_share" in row]
-    assert len(tried) == 6 and {row["kernel_width"] for row in tried} == {1.0, 2.0}
+    assert len(tried) == 12 and {row["kernel_width"] for row in tried} == {1.0, 2.0}
+    assert sum("window_share" in row for row in tried) == 6  # half of them beside the probes
     # the scaled decision is a logit: of the clips it speaks for, about as many are one as it says
     said = after.gate.kernel.logits(torch.from_numpy(own)).sigmoid().numpy()
     assert said[nobody].mean() > 0.9 and said[~nobody].mean() < 0.1
@@ -270,13 +272,13 @@ def test_training_speech_counts_where_the_threshold_is_set(monkeypatch):
     signal = np.where(np.arange(20) >= 10, 3.0, -3.0)
     _, without = chosen_with(monkeypatch, signal)
     lowest = np.zeros(20)
-    lowest[4] = 30.0  # a voice that frames take for noise
+    lowest[4] = 100.0  # a voice that frames take for noise
     _, strict = chosen_with(monkeypatch, signal, heard_too=lowest)
-    assert without.gate.threshold < 20 < strict.gate.threshold
+    assert without.gate.threshold < 60 < strict.gate.threshold
     assert without.result.text_fpr == 0 and strict.result.text_fpr == 1  # nothing of noise is that high
 
 
 def test_window_probes_that_say_nothing_are_left_out(monkeypatch):
     before, after = chosen_with(monkeypatch, np.zeros(20))
     assert not after.gate.window_probes and after.gate.kernel is None and after.result == before.result
-    assert len(after.table) == 1 + 3 + 2 * 3
+    assert len(after.table) == 1 + 3 + 2 * 3 * 2
