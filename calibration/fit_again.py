@@ -8,6 +8,7 @@ takes the frame probes and the edits of a steering file in place of a fit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +71,21 @@ def fit_of(
         record=record,
         sample=FrameSample({}, np.zeros(0, bool), np.zeros(0), {}),
     )
+
+
+def with_edits_of(folder: Path, fit: Fit, model: Whisper) -> Fit:
+    """The fit with the edits of another, a folder of `calibration.fit`, beside its own; those of a name that
+    it has are left out.
+
+    Raises UsageError (no edit is there), FormatError (a damaged file), MismatchError (of another model).
+    """
+    edits, recipes = dict(fit.edits), dict(fit.recipes)
+    for path in sorted(folder.glob("edit_*.safetensors")):
+        steering = Steering.load(path)
+        steering.check(model)
+        name = path.stem.removeprefix("edit_")
+        if name not in edits:
+            (edits[name],), recipes[name] = steering.edits, dict(steering.metadata.get("recipe", {}))
+    if len(edits) == len(fit.edits):
+        raise UsageError(f"{folder} holds no edit that is not there: expected a folder of calibration.fit")
+    return replace(fit, edits=edits, recipes=recipes)

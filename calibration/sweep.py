@@ -8,8 +8,9 @@ alpha = 1 is the strongest setting whose WER on calibration speech rises by at m
 the upper end of a bootstrap interval. First the gate and its threshold, from cached logits and transcripts,
 fitted again with the calibration clips; then every edit, and the best of several layers together, is screened
 on a few windows (how strong may it be, what does it do, in gaps between speech too); the best few are heard
-through the real `whisper.transcribe`. Written: steering.safetensors with its frontier and profiles, and
-AudioSAE's recipe by its own budget as steering-audiosae.safetensors, each with what was measured.
+through the real `whisper.transcribe`. Written: steering.safetensors with its frontier and profiles, the same
+without edits as steering-gate.safetensors, and AudioSAE's recipe by its own budget as
+steering-audiosae.safetensors, each with what was measured.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from calibration.command import run
-from calibration.fit_again import fit_of
+from calibration.fit_again import fit_of, with_edits_of
 from calibration.fit_files import read_fit
 from calibration.hallucinations import label_clips, print_table
 from calibration.hearing import Calibration, Effort
 from calibration.selection import Budget
 from calibration.training_clips import TrainingClip, training_clips
-from calibration.winners import find_audiosae, find_gate, find_winner, finish
+from calibration.winners import find_audiosae, find_gate, find_winner, finish, gate_alone
 from whisper_steer.errors import UsageError
 from whisper_steer.steering import Steering
 
@@ -84,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "only keeps what windows give)",
     )
     parser.add_argument(
+        "--rivals",
+        type=Path,
+        default=None,
+        help="with --again: a folder of calibration.fit whose edits compete with the file's",
+    )
+    parser.add_argument(
         "--labels", type=Path, default=Path("out/labels.jsonl"), help="of calibration.hallucinations"
     )
     parser.add_argument("--data", dest="data_dir", type=Path, default=None, help="folder of real recordings")
@@ -131,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from calibration.corpus import describe, eval_sets
     from whisper_steer.zoo import load_model
 
+    if args.rivals is not None and args.again is None:
+        raise UsageError("--rivals is for --again: a fit in place of it has edits of its own")
     budget = Budget(wer_rise=args.wer_rise, share=args.share)
     effort = Effort(**{field.name: getattr(args, field.name) for field in fields(Effort)})
     started = time.monotonic()
@@ -138,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = eval_sets("calibration", data_dir=args.data_dir, quick=args.quick)
     labels = label_clips(model, [clip for clips in sets.values() for clip in clips], cache=args.labels)
     fit = fit_of(args.again, model, sets, labels) if args.again else read_fit(args.fit, model, sets, labels)
+    if args.rivals is not None:
+        fit = with_edits_of(args.rivals, fit, model)
     fit.record.setdefault("calibrated_on", describe(sets))
     calibration = Calibration.of(model, sets, fit, budget, effort, cache=args.labels)
     written: list[tuple[Path, Steering]] = []
@@ -161,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         edits = None if args.edits is None else [name for name in args.edits.split(",") if name]
         winner = finish(calibration, find_winner(calibration, choice, logits, edits=edits), "default")
         written.append((args.out / "steering.safetensors", winner))
+        if winner.edits:
+            alone = finish(calibration, gate_alone(calibration, choice), "gate")
+            written.append((args.out / "steering-gate.safetensors", alone))
     if args.only != "steering" and not args.again:
         found = find_audiosae(calibration)
         if found is not None:

@@ -234,6 +234,21 @@ def find_winner(
     return Chosen(Steering((), hearing.gate, _bare(calibration)), hearing, clips, heard, record)
 
 
+def gate_alone(calibration: Calibration, choice: GateChoice, *, progress: bool = True) -> Chosen:
+    """The gate without edits: it withholds windows and leaves all others as they are."""
+    clips, checked = _measured(calibration), list[dict[str, Any]]()
+    hearing = GatedHearing(calibration, choice.gate, choice.window_logits)
+    hearing, heard = _gate_alone(calibration, choice, hearing, clips, checked, progress)
+    record = {
+        "gate": choice.name,
+        "gate_alone": asdict(choice.result),
+        "gates": list(choice.table),
+        "edit": None,
+        "checked": checked,
+    }
+    return Chosen(Steering((), hearing.gate, _bare(calibration)), hearing, clips, heard, record)
+
+
 def _keeps_budget(calibration: Calibration, heard: Heard) -> bool:
     """By the upper ends of the intervals, and in every set."""
     budget = calibration.budget

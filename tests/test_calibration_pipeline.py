@@ -11,7 +11,7 @@ from calibration_tools import clips, make_terse_whisper, sound
 from calibration import edit_fit, fit, gate_fit, sweep, winners
 from calibration.decoding import transcribe_clips
 from calibration.edit_candidates import best_in_gaps, fit_to_budget, pick_finalists
-from calibration.fit_again import fit_of
+from calibration.fit_again import fit_of, with_edits_of
 from calibration.fit_files import read_fit, write_fit
 from calibration.gated_hearing import GatedHearing
 from calibration.hallucinations import label_clips
@@ -219,7 +219,8 @@ def test_a_gate_learns_windows_from_the_training_clips(calibration, latent_gate,
     choice, _ = winners.find_gate(
         calibration, "latents", training=training, refitted=False, cache=cache, progress=False
     )
-    tried = [row["window_share"] for row in choice.table if "window_share" in row]
+    alone = [row for row in choice.table if "kernel_share" not in row]
+    tried = [row["window_share"] for row in alone if "window_share" in row]
     assert tried == [1.0, 2.0, 0.5] and cache.is_file()
     assert choice.over_budgets <= latent_gate[0].over_budgets
     assert choice.result.text_fpr == 0.0 and choice.result.wer == 0.0
@@ -384,3 +385,26 @@ def test_windows_of_clips_that_were_drawn_otherwise_are_kept_apart():
     name = sweep._drawing(drawn)
     assert name == sweep._drawing(dict(reversed(drawn.items()))) and len(name) == 12
     assert len({name, *(sweep._drawing({**drawn, key: 2}) for key in drawn), sweep._drawing(None)}) == 5
+
+
+def test_the_gate_without_edits_is_a_steering_of_its_own(calibration, latent_gate, monkeypatch):
+    choice, _ = latent_gate
+    monkeypatch.setattr(type(calibration.model), "decode", None)  # what is plainly heard is known
+    steering = winners.finish(calibration, winners.gate_alone(calibration, choice), "gate", progress=False)
+    assert steering.edits == () and steering.gate is choice.gate and steering.name == "gate"
+    assert steering.metadata["rates"]["sets"]["tones"]["text_fpr"] == 0.0
+    assert [point.alpha for point in steering.frontier][3] == 1.0
+    assert steering.metadata["recipe"]["edit"] is None
+
+
+def test_edits_of_a_fit_compete_with_a_finished_file(setting, tmp_path):
+    model, _, _, _, fitted, _ = setting
+    svector = {"svector_l1": fitted.edits["svector_l1"]}
+    recipes = {"svector_l1": fitted.recipes["svector_l1"]}
+    again = dataclasses.replace(fitted, edits=svector, recipes=recipes)
+    write_fit(tmp_path, model, fitted)
+    both = with_edits_of(tmp_path, again, model)
+    assert set(both.edits) == set(fitted.edits) and both.edits["svector_l1"] is svector["svector_l1"]
+    assert both.recipes["svector_l0"]["form"] == "svector" and both.gates is again.gates
+    with pytest.raises(UsageError, match="holds no edit that is not there: expected a folder of"):
+        with_edits_of(tmp_path, both, model)
