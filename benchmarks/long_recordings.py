@@ -43,7 +43,8 @@ __all__ = [
 ]
 
 DEFAULT_METHODS = (
-    "plain,silero,faster-whisper-batched-vad,whisper-steer,whisper-steer+vad,whisper-steer+gate-vad"
+    "plain,silero,faster-whisper-batched-vad,whisper-steer,whisper-steer+vad,whisper-steer-gate+vad,"
+    "whisper-steer+gate-vad"
 )
 PLAIN, VAD = "plain", "silero"
 COUNT, QUICK_COUNT = 8, 2  # recordings of each sort

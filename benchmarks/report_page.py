@@ -184,8 +184,8 @@ def _answer(data: ReportData) -> list[Markup]:
         standing: object = "No competitor was measured in this run."
     elif not ahead:
         standing = (
-            f"No competitor leaves fewer hallucinations than {OURS} at any WER cost up to {100 * MAX_COST:g} "
-            "point, each at its best strength for that cost."
+            f"No competitor leaves fewer hallucinations than {OURS}, with or without edits, at any WER cost "
+            f"up to {100 * MAX_COST:g} point, each at its best strength for that cost."
         )
     else:
         named = "; ".join(
@@ -194,7 +194,10 @@ def _answer(data: ReportData) -> list[Markup]:
             for one in ahead[:4]
         )
         more = f"; and {len(ahead) - 4} more" if len(ahead) > 4 else ""
-        standing = f"Ahead of {OURS} at some WER cost up to {100 * MAX_COST:g} point: {named}{more}."
+        standing = (
+            f"Ahead of {OURS}, with or without edits, at some WER cost up to {100 * MAX_COST:g} point: "
+            f"{named}{more}."
+        )
     chosen = [
         Tile(
             "hallucinated transcripts", f"−{100 * fall:.1f}\u00a0%",

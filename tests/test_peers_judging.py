@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_tools import clips, make_terse_whisper
+from steering_files import raw_gate
 from test_sae import random_sae
 
 from benchmarks.hearing_cache import HearingCache
@@ -24,12 +25,20 @@ from benchmarks.methods import (
     Setup,
     Unavailable,
 )
-from benchmarks.peers import all_methods, linear_gate, no_speech_prob, openai_thresholds, ours, phrase_filter
+from benchmarks.peers import (
+    all_methods,
+    linear_gate,
+    no_speech_prob,
+    openai_thresholds,
+    ours,
+    ours_gate,
+    phrase_filter,
+)
 from benchmarks.peers.intervention import label_events
 from benchmarks.peers.judging import judge
-from calibration.decoding import ClipTranscript, DecodedWindow
+from calibration.decoding import ClipTranscript, DecodedWindow, transcribe_clips
 from calibration.hallucinations import labels_of
-from whisper_steer.attach import handles_of
+from whisper_steer.attach import handles_of, steer
 from whisper_steer.fileformat import model_metadata
 from whisper_steer.steering import LatentEdit, Shift, Steering
 
@@ -347,3 +356,25 @@ def test_strength_1_of_latents_is_the_chosen_multiple() -> None:
     scaled = replace(ours.times(edit, 0.25), strength=2.0)
     assert torch.allclose(scaled(x, 1.0), replace(edit, strength=0.5)(x, 1.0))
     assert not torch.equal(scaled(x, 1.0), x)
+
+
+def test_our_gate_alone_says_what_the_steered_model_says(setup, model) -> None:
+    """Judged from plain Whisper's words; the model itself, steered, writes the same."""
+    method, d = ours_gate.METHODS[0], model.dims.n_audio_state
+    gate = raw_gate(torch.randn(d, generator=torch.Generator().manual_seed(2)), 0.0)
+    found = ours_gate.window_logits(setup, gate, EVERY, setup.plain_windows(EVERY))
+    middle = float(np.median([logit for windows in found for logit in windows]))
+    gate = replace(gate, threshold=middle, spread=0.01)
+    shift = Shift(1, torch.ones(d), 9.0)
+    setup.memory["steering"] = Steering((shift,), gate, model_metadata(model))
+    withheld = []
+    for alpha in (0.5, 1.0, 2.0):
+        judged = [heard.text for heard in method.hear(setup, alpha, EVERY)]
+        with steer(model, alpha=alpha, steering=Steering((), gate, model_metadata(model))):
+            steered = transcribe_clips(model, [setup.audio(clip) for clip in EVERY])
+        assert judged == [transcript.text for transcript in steered]
+        withheld.append(sum(not text for text in judged))
+    assert 0 < withheld[0] <= withheld[1] <= withheld[2] and withheld[1] < len(EVERY)
+    setup.memory["steering"] = Steering((shift,), None, model_metadata(model))
+    with pytest.raises(Unavailable, match="a steering with a gate"):
+        method.prepare(setup)

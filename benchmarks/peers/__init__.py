@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MODULES = (
     "plain",
     "ours",
+    "ours_gate",
     "silero",
     "faster_whisper",
     "openai_thresholds",

@@ -59,6 +59,13 @@ def steering_of(setup: Setup) -> Steering:
     return found
 
 
+def without_edits(steering: Steering) -> Steering:
+    """Its gate alone. Raises Unavailable if it has none."""
+    if steering.gate is None:
+        raise Unavailable("it needs a steering with a gate")
+    return replace(steering, edits=())
+
+
 def steering_hash(steering: Steering) -> str:
     """Of everything in its file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,11 +76,13 @@ def steering_hash(steering: Steering) -> str:
 
 @dataclass(frozen=True)
 class Steered:
-    """See benchmarks.methods.Method. vad: Silero VAD at its default threshold comes first."""
+    """See benchmarks.methods.Method. vad: Silero VAD at its default threshold comes first. edits: those of
+    the steering, too, not its gate alone (`ours_gate` has that without a VAD)."""
 
     name: str
     about: str
     vad: bool = False
+    edits: bool = True
     strengths: tuple[float, ...] = ALPHAS
     quick_strengths: tuple[float, ...] = QUICK_ALPHAS
 
@@ -85,14 +94,17 @@ class Steered:
     def needs(self) -> tuple[str, ...]:
         return (STEERING, *VAD_NEEDS) if self.vad else (STEERING,)
 
+    def steering(self, setup: Setup) -> Steering:
+        return steering_of(setup) if self.edits else without_edits(steering_of(setup))
+
     def prepare(self, setup: Setup) -> None:
-        steering_of(setup)
+        self.steering(setup)
         if self.vad:
             _check_vad()
 
     def fingerprint(self, setup: Setup) -> str:
         """What the words depend on beside the model."""
-        own = steering_hash(steering_of(setup))
+        own = steering_hash(self.steering(setup))
         if not self.vad:
             return own
         from benchmarks.peers.silero import vad_version
@@ -102,7 +114,7 @@ class Steered:
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         from whisper_steer.attach import steer
 
-        steering = steering_of(setup)
+        steering = self.steering(setup)
         if not self.vad:
             # nobody reads what a withheld window would have said: its decoding is saved, as by default
             yield from hear_under(
@@ -301,6 +313,13 @@ METHODS: tuple[Method, ...] = (
         "whisper-steer+vad",
         "ours behind Silero VAD at its default threshold (0.5); strength: alpha, calibrated: 1",
         vad=True,
+    ),
+    Steered(
+        "whisper-steer-gate+vad",
+        "ours without edits (--steering gate) behind Silero VAD at its default threshold (0.5); strength: "
+        "alpha, calibrated: 1",
+        vad=True,
+        edits=False,
     ),
     SteeredStretches(
         "whisper-steer+gate-vad",
