@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,16 +126,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class MoreSpeech:
-    """Windows of speech that are not calibration clips, judged by fits without them: calibration's speakers
-    are few, and where few clips may be lost, a few hundred more voices say more about the next one. A window
-    of theirs that is withheld counts as lost, whatever plain Whisper makes of it.
+    """Windows that are not of calibration clips, judged by fits without them. Of speech: calibration's
+    speakers are few, and where few clips may be lost, a few hundred more voices say more about the next one.
+    A window of theirs that is withheld counts as lost, whatever plain Whisper makes of it. Of other sounds:
+    they count where gates are compared; one that is not withheld counts as one with words.
 
     Attributes:
-        window_logits: (n,). groups: of every window, as a CalibrationClip's.
+        window_logits: (n,). groups: of every window, as a CalibrationClip's. nobody: (m,) logits of windows
+            without speech.
     """
 
     window_logits: np.ndarray
     groups: tuple[str, ...]
+    nobody: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class GateChoice:
 
     Attributes:
         table: a row of everything that was tried. window_logits: (rows,) float64, what the choice rests on.
-        over_budgets: text-FPR, HR and nsp-FPR, each the mean over a range of budgets.
+        over_budgets: text-FPR (with `MoreSpeech`, over its other sounds, too), HR and nsp-FPR, each the mean
+            over a range of budgets.
     """
 
     name: str
@@ -293,9 +297,14 @@ def window_choice(
     ]
     results = [evaluate_threshold(clips, window_logits, threshold) for threshold in thresholds]
     result = results[_BUDGET_FACTORS.index(1.0)]
-    over_budgets = tuple(
+    text_fpr, hr, nsp_fpr = (
         float(np.mean([getattr(r, rate) for r in results])) for rate in ("text_fpr", "hr", "nsp_fpr")
     )
+    if more is not None and len(more.nobody):
+        count = sum(not clip.is_speech for clip in clips)
+        left = np.mean([np.sum(more.nobody <= r.threshold) for r in results])
+        text_fpr = float((text_fpr * count + left) / (count + len(more.nobody)))
+    over_budgets = text_fpr, hr, nsp_fpr
     row: dict[str, float | str | int] = {
         "gate": name,
         "layer": gate.layer,

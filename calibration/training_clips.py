@@ -223,6 +223,11 @@ def clean_speech(clips: Sequence[TrainingClip]) -> list[TrainingClip]:
     return [clip for clip in clips if clip.id in clean | over_telephone]
 
 
+def clean_sounds(clips: Sequence[TrainingClip]) -> list[TrainingClip]:
+    """Real recordings without speech, as they were recorded."""
+    return _recorded(clips)[0]
+
+
 def _recorded(clips: Sequence[TrainingClip]) -> tuple[list[TrainingClip], list[TrainingClip]]:
     """Real recordings as they are: of non-speech, and of speech."""
     sounds = [

@@ -13,8 +13,9 @@ frames, and set the threshold, each is judged by a fit without it and without it
 real recording its speaker or source; a synthetic one is a group of its own, whose voice the training clips
 have. Real training speech, as it was recorded and over a telephone, is judged in the same way and counts
 where the threshold is set: calibration has few speakers, and what a fit without a voice says of it is what
-it will say of the next one. (The frames' part of that knows them: its probes were fitted on them.) Voices
-that nothing is trained on (`UNTAUGHT`) teach nothing here either: the test split speaks with them, too.
+it will say of the next one. Real training recordings without speech count where fits are compared. (The
+frames' part of that knows them: its probes were fitted on them.) Voices that nothing is trained on
+(`UNTAUGHT`) teach nothing here either: the test split speaks with them, too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from calibration.selection import (
 )
 from calibration.training_clips import (
     TrainingClip,
+    clean_sounds,
     clean_speech,
     is_synthetic,
     some_altered,
@@ -125,13 +127,15 @@ def with_window_probes(
     taught = [clip for clip in (*training, *more_clips) if _teaches(clip)]
     windows = training_windows(model, gate, taught, cache=cache, progress=progress)
     sample, sample_folds = windows.sample, _training_folds(windows.clips)
-    clean = _of_clean_speech(windows.clips)
+    clean = _are_among(clean_speech(windows.clips), windows.clips)
+    sounds = _are_among(clean_sounds(windows.clips), windows.clips)
 
     def more_speech(said: np.ndarray) -> MoreSpeech:
         """said: (training windows,) beside their frames, NaN where nobody judged."""
-        judged = np.flatnonzero(clean & (sample_folds != ALWAYS) & ~np.isnan(said))
-        groups = tuple(windows.clips[i].group for i in judged)
-        return MoreSpeech((windows.lowest + said)[judged], groups)
+        judged, logits = (sample_folds != ALWAYS) & ~np.isnan(said), windows.lowest + said
+        speech = np.flatnonzero(clean & judged)
+        groups = tuple(windows.clips[i].group for i in speech)
+        return MoreSpeech(logits[speech], groups, logits[sounds & judged])
 
     x = calibration_windows(model, gate, logits, clips, sources, progress=progress)
     nobody, spoken = _kinds(clips, targets)
@@ -177,10 +181,10 @@ def _training_folds(clips: Sequence[TrainingClip]) -> np.ndarray:
     return np.array(folds, dtype=int)
 
 
-def _of_clean_speech(clips: Sequence[TrainingClip]) -> np.ndarray:
+def _are_among(some: Sequence[TrainingClip], clips: Sequence[TrainingClip]) -> np.ndarray:
     """(clips,) bool."""
-    clean = {clip.id for clip in clean_speech(clips)}
-    return np.array([clip.id in clean for clip in clips], dtype=bool)
+    known = {clip.id for clip in some}
+    return np.array([clip.id in known for clip in clips], dtype=bool)
 
 
 def _kinds(clips: Sequence[CalibrationClip], targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -261,6 +261,21 @@ def test_more_speech_counts_among_the_clips_that_may_be_lost():
     assert window_choice("g", gate(), logits, clips, budget).result.text_fpr == 0.0
 
 
+def test_more_sounds_count_where_gates_are_compared():
+    """At every budget the threshold is -4: of 40 clips none keeps its words, of ten more sounds four do."""
+    clips = calibration(40)
+    logits = np.concatenate([np.full(40, -9.0), np.full(40, 1.0)])
+    budget = Budget(wer_rise=1.0, share=0.02, set_share=1.0)
+    sounds = np.array([-5.0] * 4 + [3.0] * 6)
+    voices = MoreSpeech(np.array([-20.0]), ("ann",), sounds)
+    with_sounds = window_choice("g", gate(), logits, clips, budget, voices)
+    assert with_sounds.result.threshold == pytest.approx(-4.0) and with_sounds.result.text_fpr == 0.0
+    assert with_sounds.over_budgets[0] == pytest.approx(4 / 50)
+    assert with_sounds.table[0]["text_fpr_mean_over_budgets"] == with_sounds.over_budgets[0]
+    without = window_choice("g", gate(), logits, clips, budget, replace(voices, nobody=np.zeros(0)))
+    assert without.over_budgets == (0.0, *with_sounds.over_budgets[1:])
+
+
 def test_the_set_that_suffers_most_is_named():
     clips = calibration(3)
     other = [replace(clip, set="other", id=f"o{i}") for i, clip in enumerate(calibration(2)[:2])]

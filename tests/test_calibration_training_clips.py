@@ -8,6 +8,7 @@ from calibration.training_clips import (
     CONDITIONS,
     TrainingClip,
     active_intervals,
+    clean_sounds,
     clean_speech,
     frame_levels,
     make_variant,
@@ -177,6 +178,7 @@ def test_snippets_are_a_word_long_and_of_speech_where_it_is_loud():
     assert pitch(cut) == pytest.approx(300, abs=3)  # the tone was found in 18 s of which it is 2
     assert pitch(made[5].load()) == pytest.approx(300, abs=5)  # too short to cut: the whole of it
     assert [one.id for one in clean_speech(clips)] == ["ann", "bob", "ann#telephone"]
+    assert [one.id for one in clean_sounds(clips)] == ["dog"]
 
 
 def test_no_folder_at_all(tmp_path):
