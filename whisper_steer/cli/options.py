@@ -46,7 +46,10 @@ Profile = Annotated[
 ]
 Steering = Annotated[
     str | None,
-    typer.Option("--steering", help="A steering file, or a name such as audiosae; by default the model's."),
+    typer.Option(
+        "--steering",
+        help="A steering file, or a name such as gate (no edits) or audiosae; by default the model's.",
+    ),
 ]
 Vad = Annotated[
     str | None,
