@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import reports
 from benchmarks.hearing_cache import ClipRecord, HearingCache
 from benchmarks.listening import listen
-from benchmarks.methods import AT_ONCE, Heard, Method, Setup, Unavailable
+from benchmarks.methods import AT_ONCE, GATED, Heard, Method, Setup, Unavailable
 from benchmarks.rows import Measured, paired, pools, summarise, understood
 from whisper_steer.errors import UsageError
 
@@ -55,8 +55,10 @@ def choose_methods(names: Sequence[str] | None, methods: Sequence[Method]) -> li
 
 
 def choose_strengths(method: Method, alphas: Sequence[float] | None, quick: bool) -> tuple[float, ...]:
-    """The method's range; for a quick run its quick_strengths; for our methods `alphas` if given (> 0)."""
-    if alphas is not None and method.name.startswith(reports.OURS):
+    """The method's range; for a quick run its quick_strengths; for those of our methods that decode `alphas`
+    if given (> 0): a gate alone, GATED, is as cheap at many as at one."""
+    decodes = getattr(method, "timed", AT_ONCE) != GATED
+    if alphas is not None and decodes and method.name.startswith(reports.OURS):
         return tuple(sorted({alpha for alpha in alphas if alpha > 0}))
     return getattr(method, "quick_strengths", method.strengths) if quick else method.strengths
 

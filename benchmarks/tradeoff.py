@@ -96,7 +96,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="some methods, by name or beginning, with commas (default: all; see --list)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what the methods are and which can run here")
-    parser.add_argument("--alphas", type=alpha_list, help="of our methods; default 0.25,0.5,0.75,1,1.5")
+    parser.add_argument(
+        "--alphas", type=alpha_list, help="of our methods that decode (default: each its own)"
+    )
     parser.add_argument("--limit", type=positive, help="clips per set, evenly chosen")
     parser.add_argument("--data", type=Path, help="folder of real recordings, measured beside the synthetic")
     parser.add_argument(

@@ -16,6 +16,7 @@ from benchmarks import listening, measuring, reports, tradeoff
 from benchmarks.files import write_whole
 from benchmarks.hearing_cache import LONG_ROWS, HearingCache, read_clips, read_run
 from benchmarks.methods import AT_ONCE, Setup
+from benchmarks.peers import all_methods
 from benchmarks.peers.ours import METHODS as OURS
 from benchmarks.peers.plain import Plain
 from whisper_steer.errors import UsageError
@@ -196,6 +197,8 @@ def test_strengths_of_a_quick_run_and_of_ours() -> None:
     vad.quick_strengths = (0.5,)
     assert measuring.choose_strengths(vad, None, quick=True) == (0.5,)
     assert measuring.choose_strengths(ours, (1.0, 0.0, 0.25, 1.0), quick=True) == (0.25, 1.0)
+    gate = next(method for method in all_methods() if method.name == "whisper-steer-gate")
+    assert measuring.choose_strengths(gate, (1.0,), quick=False) == gate.strengths
 
 
 # -- command --------------------------------------------------------------------------------------------
