@@ -9,7 +9,7 @@ import torch
 from calibration_tools import make_terse_whisper, sound
 from test_calibration_selection import calibration, gate
 
-from calibration import window_fit
+from calibration import window_fit, window_parts
 from calibration.activations import encode_windows, window_mels
 from calibration.corpus import SPEECH_SETS
 from calibration.gate_fit import NOBODY, SPEECH
@@ -282,3 +282,32 @@ def test_window_probes_that_say_nothing_are_left_out(monkeypatch):
     before, after = chosen_with(monkeypatch, np.zeros(20))
     assert not after.gate.window_probes and after.gate.kernel is None and after.result == before.result
     assert len(after.table) == 1 + 3 + 2 * 3 * 2
+
+
+def test_a_fit_of_the_first_layers_reads_their_pools_alone():
+    """Two layers, three pools of each: what the second layer shows does not reach a kernel of the first."""
+    zero = Probe(0, "raw", torch.zeros(1), mean=torch.zeros(1), std=torch.ones(1))
+    two = replace(gate(), probes=(zero, replace(zero, layer=1)))
+    assert window_parts.depths(two) == [1, 2] and window_parts.depths(replace(two, probes=(zero,))) == [1]
+    four = replace(two, probes=tuple(replace(zero, layer=layer) for layer in range(4)))
+    assert window_parts.depths(four) == [2, 3, 4]
+    rng = np.random.default_rng(3)
+    nobody = np.arange(80) % 2 == 0
+    x = rng.normal(0, 0.1, (80, 6, 1)).astype(np.float32)
+    x[:, 0, 0] += np.where(nobody, 1.0, -1.0)  # likely_speech of layer 0
+    x[:, 1, 0] += np.where(nobody, -3.0, 3.0)  # of layer 1: the other way round
+    sample = WindowSample(x, nobody)
+
+    def judge(fit):
+        said = fit(sample)(x)
+        return said, said
+
+    part = window_parts.kernel_of(two, 1, 1.0, sample, judge, np.ones(80, bool), nobody)
+    assert part.row["kernel_layers"] == 1.0 and ((part.said > 0) == nobody).all()
+    kernel = part.add(two, 2.0).kernel
+    assert kernel.layers == (0,)
+    expected = kernel.logits(torch.from_numpy(x[:, [0, 2, 4]])).numpy()
+    np.testing.assert_allclose(part.said, expected, rtol=1e-3, atol=1e-3)
+    both = part.weighed(two, 2.0, beside=part)
+    np.testing.assert_allclose(both.said, 4 * part.said)
+    assert both.gate.kernel_share == 2.0 and both.row["kernel_share"] == 2.0
