@@ -13,7 +13,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.availability import CALIBRATION
 from benchmarks.methods import GATED, Heard, Method, Setup, Unavailable
-from benchmarks.peers.judging import GROUP, judge
+from benchmarks.peers.judging import Scored, judge_windows
 from whisper_steer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -191,23 +191,7 @@ class LinearGatePeer:
         self.prepare(setup)
         gate: LinearGate = setup.memory[_GATE]
         threshold = gate.threshold(strength)
-        for start in range(0, len(clips), GROUP):
-            group = clips[start : start + GROUP]
-            scored = _scores(setup, gate, group)
-            judged = judge(setup, group, partial(_gated, scored, threshold))
-            for clip, heard in zip(group, judged, strict=True):
-                one = scored[clip]
-                if all(score < threshold for score in one.windows):
-                    heard = replace(heard, seconds=one.seconds)  # encoded and judged, never decoded
-                yield heard
-
-
-@dataclass(frozen=True)
-class Scored:
-    """windows: score of every decoded window of a clip. seconds: of encoding and judging them."""
-
-    windows: tuple[float, ...]
-    seconds: float
+        yield from judge_windows(setup, clips, partial(_scores, setup, gate), lambda score: score < threshold)
 
 
 def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Clip, Scored]:
@@ -220,14 +204,6 @@ def _scores(setup: Setup, gate: LinearGate, clips: Sequence[Clip]) -> Mapping[Cl
         scores = tuple(gate.score(state) for state in window_states(frames, transcript))
         known[clip] = Scored(scores, seconds + time.perf_counter() - began)
     return known
-
-
-def _gated(
-    scored: Mapping[Clip, Scored], threshold: float, clip: Clip, transcript: ClipTranscript
-) -> ClipTranscript:
-    from calibration.decoding import withhold
-
-    return withhold(transcript, [score < threshold for score in scored[clip].windows])
 
 
 METHODS: tuple[Method, ...] = (LinearGatePeer(),)

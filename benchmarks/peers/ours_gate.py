@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.availability import STEERING
 from benchmarks.methods import GATED, Heard, Method, Setup
-from benchmarks.peers.judging import GROUP, judge
-from benchmarks.peers.linear_gate import BATCH, Scored
+from benchmarks.peers.judging import Scored, judge_windows
+from benchmarks.peers.linear_gate import BATCH
 from benchmarks.peers.ours import steering_hash, steering_of, without_edits
 
 if TYPE_CHECKING:
@@ -50,15 +50,7 @@ class GateAlone:
     def hear(self, setup: Setup, strength: float, clips: Sequence[Clip]) -> Iterator[Heard]:
         gate = self._gate(setup)
         threshold = gate.window_threshold(strength)
-        for start in range(0, len(clips), GROUP):
-            group = clips[start : start + GROUP]
-            scored = _scores(setup, gate, group)
-            judged = judge(setup, group, partial(_withheld, scored, threshold))
-            for clip, heard in zip(group, judged, strict=True):
-                one = scored[clip]
-                if all(logit > threshold for logit in one.windows):
-                    heard = replace(heard, seconds=one.seconds)  # encoded and judged, never decoded
-                yield heard
+        yield from judge_windows(setup, clips, partial(_scores, setup, gate), lambda logit: logit > threshold)
 
     def _gate(self, setup: Setup) -> Gate:
         gate = without_edits(steering_of(setup)).gate
@@ -103,14 +95,6 @@ def window_logits(
         found += logits.tolist()
     counts = [len(transcript.windows) for transcript in transcripts]
     return [found[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
-
-
-def _withheld(
-    scored: Mapping[Clip, Scored], threshold: float, clip: Clip, transcript: ClipTranscript
-) -> ClipTranscript:
-    from calibration.decoding import withhold
-
-    return withhold(transcript, [logit > threshold for logit in scored[clip].windows])
 
 
 METHODS: tuple[Method, ...] = (GateAlone(),)
