@@ -17,7 +17,7 @@ RUN := $(BIN)/python -m
 DATA_FLAG := $(if $(DATA),--data $(DATA))
 # how the bundled steering is chosen
 SWEEP = --model mini.en --labels $(OUT)/labels.jsonl $(DATA_FLAG) --corpus $(OUT)/corpus --gate-kind any --no-refit \
-  --edits additive_l3_k50 --screened 12 --finalists 1 --heard 60 --joined 120 --frontier 120
+  --edits additive_l3_k50,both_l3_k16 --screened 12 --finalists 2 --heard 60 --joined 120 --frontier 120
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -54,15 +54,18 @@ weights: $(VENV)/.installed-dev  ## rebuild sae_weights/mini.en from nothing (re
 	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/saes
 	@$(RUN) calibration.hallucinations --model mini.en $(DATA_FLAG) --out $(OUT)/labels.jsonl
 	@$(RUN) calibration.fit --model mini.en --saes $(OUT)/saes/$(SAES)-seed0 --labels $(OUT)/labels.jsonl \
-	  --corpus $(OUT)/corpus $(DATA_FLAG) --no-causal --out $(OUT)/fit
+	  --corpus $(OUT)/corpus $(DATA_FLAG) --out $(OUT)/fit
 	@$(RUN) calibration.sweep --fit $(OUT)/fit $(SWEEP) --out $(MODEL)
 	@cp $(OUT)/saes/$(SAES)-seed0/layer_*.safetensors $(MODEL)/
 	@mkdir -p $(MODEL)/seed1 && cp $(OUT)/saes/$(SAES)-seed1/layer_*.safetensors $(MODEL)/seed1/
 	@$(RUN) calibration.bundle card --quick --corpus $(OUT)/corpus --saes $(OUT)/saes $(DATA_FLAG) --out $(MODEL)
 
-steering-again: $(VENV)/.installed-dev  ## choose the bundled gate's window fit, thresholds and edit anew, keep its frame probes
+steering-again: $(VENV)/.installed-dev  ## fit the bundled steering's edits and window fits anew, keep its frame probes
 	@$(RUN) calibration.synthesis --out $(OUT)/corpus --utterances 40000 --non-speech 3000 --seed 1
-	@$(RUN) calibration.sweep --fit $(OUT)/fit --again $(MODEL)/steering.safetensors --only steering $(SWEEP) --out $(MODEL)
+	@$(RUN) calibration.fit --model mini.en --saes $(MODEL) --labels $(OUT)/labels.jsonl --corpus $(OUT)/corpus \
+	  $(DATA_FLAG) --layers 3 --clips 60 --real 30 --out $(OUT)/fit-again
+	@$(RUN) calibration.sweep --fit $(OUT)/fit --again $(MODEL)/steering.safetensors --rivals $(OUT)/fit-again \
+	  --only steering $(SWEEP) --out $(MODEL)
 
 sae-sweep: $(VENV)/.installed-dev  ## L0 against error of SAEs of mini.en: table, figures, operating point
 	@$(RUN) calibration.train --model mini.en --mixture mini.en --corpus $(OUT)/corpus $(DATA_FLAG) \

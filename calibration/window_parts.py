@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 
 from calibration.window_samples import WindowSample
@@ -26,6 +27,10 @@ from whisper_steer.window_kernel import WindowKernel
 REGULARISATIONS = (0.3, 1.0, 3.0)  # C of the regression
 COMPONENTS = 128  # of the standardised pools: what a kernel compares
 WIDTHS = (1.0, 2.0)  # gamma of a kernel, in units of one over the number of pooled features
+# of the scalar product beside the radial function: on calibration and training windows, out of fold, 0.3 to 3
+# lose a tenth to a third fewer speech clips where next to nothing is left, and above 0.3 more is left where
+# none may be lost
+LINEAR = 0.3
 PENALTY = 10.0  # C of the support vector machine
 _FLAT = 1e-4  # of the widest: what varies less than this counts as so wide, for one over it must fit a half
 
@@ -46,12 +51,16 @@ def fit_probes(sample: WindowSample, layers: Sequence[int], c: float) -> tuple[t
     return probes, float(regression.intercept_[0])
 
 
-def fit_kernel(sample: WindowSample, layers: Sequence[int], width: float, seed: int = 0) -> WindowKernel:
+def fit_kernel(
+    sample: WindowSample, layers: Sequence[int], width: float, linear: float = 0.0, seed: int = 0
+) -> WindowKernel:
     """A support vector machine on the principal components of the standardised pools, both classes weighing
     the same; its logit is the distance from the margin, in units of the margin.
 
-    sample: of all pools of `layers`. Projection and landmarks are rounded to half precision, in which they
-    are kept.
+    sample: of all pools of `layers`. linear: what the scalar product, over the number of pooled features,
+    counts beside the radial function in how alike two windows are: where a sound is like none that is known,
+    the radial function says nothing, and a line still goes on. Projection and landmarks are rounded to half
+    precision, in which they are kept. All pairs of windows are held in memory: 8 bytes times n^2.
     """
     flat = sample.x.reshape(len(sample.x), -1).astype(np.float64)
     mean, std = flat.mean(axis=0), flat.std(axis=0)
@@ -61,22 +70,34 @@ def fit_kernel(sample: WindowSample, layers: Sequence[int], width: float, seed: 
     components = PCA(count, svd_solver="randomized", random_state=seed).fit(standard).components_
     projection = (components / std).astype(np.float16).astype(np.float64)
     z = ((flat - mean) @ projection.T).astype(np.float16).astype(np.float64)
-    gamma = width / flat.shape[1]
-    machine = SVC(C=PENALTY, gamma=gamma, class_weight="balanced", cache_size=1000).fit(z, sample.nobody)
+    features = flat.shape[1]
+    alike = rbf_kernel(z, gamma=width / features)
+    if linear:
+        alike += (linear / features) * (z @ z.T)
+    machine = SVC(C=PENALTY, kernel="precomputed", class_weight="balanced", cache_size=1000)
+    machine.fit(alike, sample.nobody)
+    landmarks, weights = z[machine.support_], machine.dual_coef_[0]
+    slopes = (linear / features) * (weights @ landmarks)
     return WindowKernel(
         layers=tuple(layers),
         projection=torch.from_numpy(projection),
         offset=torch.from_numpy(projection @ mean),
-        landmarks=torch.from_numpy(machine.support_vectors_),
-        weights=torch.from_numpy(machine.dual_coef_[0]),
-        gamma=gamma,
+        landmarks=torch.from_numpy(landmarks),
+        weights=torch.from_numpy(weights),
+        gamma=width / features,
         intercept=float(machine.intercept_[0]),
+        linear=torch.from_numpy(slopes) if linear else None,
     )
 
 
 def scaled(kernel: WindowKernel, slope: float, start: float) -> WindowKernel:
     """The kernel whose logits are slope times as large, plus start."""
-    return replace(kernel, weights=slope * kernel.weights, intercept=slope * kernel.intercept + start)
+    return replace(
+        kernel,
+        weights=slope * kernel.weights,
+        linear=None if kernel.linear is None else slope * kernel.linear,
+        intercept=slope * kernel.intercept + start,
+    )
 
 
 @dataclass(frozen=True)
@@ -185,14 +206,15 @@ def kernel_of(
         return WindowSample(part.x[:, places], part.nobody)
 
     def fit(part: WindowSample) -> Callable[[np.ndarray], np.ndarray]:
-        kernel = fit_kernel(only(part), layers, width)
+        kernel = fit_kernel(only(part), layers, width, LINEAR)
         return lambda x: np.asarray(kernel.logits(torch.from_numpy(x[:, places])).double())
 
     said, of_sample = judge(fit)
     slope, start = _as_logit(said[known], nobody[known])
-    kernel = scaled(fit_kernel(only(whole), layers, width), slope, start)
+    kernel = scaled(fit_kernel(only(whole), layers, width, LINEAR), slope, start)
     row = {
         "kernel_width": width,
+        "kernel_linear": LINEAR,
         "kernel_layers": float(count),
         "landmarks": float(len(kernel.weights)),
     }

@@ -16,7 +16,7 @@ from calibration.gate_fit import NOBODY, SPEECH
 from calibration.selection import Budget, choose_gate
 from calibration.training_clips import TrainingClip
 from calibration.window_fit import ALWAYS, out_of_fold, with_window_probes
-from calibration.window_parts import fit_kernel, fit_probes, scaled
+from calibration.window_parts import LINEAR, fit_kernel, fit_probes, scaled
 from calibration.window_samples import TrainingWindows, WindowSample, training_windows
 from whisper_steer.gate import Gate, likely_speech
 from whisper_steer.probe import Probe
@@ -159,6 +159,30 @@ def test_the_kernel_is_the_support_vector_machine_s():
     np.testing.assert_allclose(half, 0.5 * said + 1, rtol=1e-5, atol=1e-5)
 
 
+def test_beside_the_radial_function_the_scalar_product_counts():
+    """Against scikit-learn's own machine with that kernel; far from all windows only a line is left."""
+    from sklearn.metrics.pairwise import rbf_kernel
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    def alike(a, b):
+        return rbf_kernel(a, b, gamma=2 / 6) + 0.5 * (a @ b.T) / 6
+
+    sample, other = _rings(120, 0), _rings(60, 1)
+    scaler = StandardScaler().fit(sample.x.reshape(120, 6))
+    machine = SVC(C=10, kernel=alike, class_weight="balanced")
+    machine.fit(scaler.transform(sample.x.reshape(120, 6)), sample.nobody)
+    expected = machine.decision_function(scaler.transform(other.x.reshape(60, 6)))
+    kernel = fit_kernel(sample, (3,), 2.0, linear=0.5)
+    np.testing.assert_allclose(kernel.logits(torch.from_numpy(other.x)).numpy(), expected, atol=0.02)
+    far = torch.from_numpy(other.x[:1] + np.float32(40) * np.arange(1, 4, dtype=np.float32)[:, None, None])
+    first, second, third = kernel.logits(far).tolist()
+    assert third - second == pytest.approx(second - first, rel=1e-3) and abs(third - second) > 0.1
+    twice = scaled(kernel, 2.0, -1.0).logits(far).tolist()
+    assert twice == pytest.approx([2 * first - 1, 2 * second - 1, 2 * third - 1], rel=1e-5)
+    assert len(set(fit_kernel(sample, (3,), 2.0).logits(far).tolist())) == 1
+
+
 def test_a_kernel_wins_where_no_line_tells_windows_apart(monkeypatch):
     """Frames that say nothing, and rings: the probes' two pools say nothing, the kernel's third all."""
     clips = calibration(30)
@@ -179,6 +203,7 @@ def test_a_kernel_wins_where_no_line_tells_windows_apart(monkeypatch):
     assert after.gate.kernel is not None and not after.gate.window_probes
     tried = [row for row in after.table if "kernel_share" in row]
     assert len(tried) == 12 and {row["kernel_width"] for row in tried} == {1.0, 2.0}
+    assert {row["kernel_linear"] for row in tried} == {LINEAR} and after.gate.kernel.linear is not None
     assert sum("window_share" in row for row in tried) == 6  # half of them beside the probes
     # the scaled decision is a logit: of the clips it speaks for, about as many are one as it says
     said = after.gate.kernel.logits(torch.from_numpy(own)).sigmoid().numpy()

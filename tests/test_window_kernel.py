@@ -45,6 +45,7 @@ def random_kernel(layers, d, seed=0, n=5, k=4):
         torch.randn(n, generator=g),
         0.3,
         -0.2,
+        torch.randn(k, generator=g),
     )
 
 
@@ -71,6 +72,8 @@ def test_the_logit_by_hand():
     torch.testing.assert_close(kernel().logits(pooled), expected)
     moved = kernel(offset=torch.tensor([1.0, 0.0, 0.0]), landmarks=torch.tensor([[0.0, 2.0, 0.5]] * 2))
     torch.testing.assert_close(moved.logits(pooled[:1]), torch.tensor([2.0 - 3.0 + 0.25]))
+    sloped = kernel(linear=torch.tensor([0.5, -1.0, 2.0]))
+    torch.testing.assert_close(sloped.logits(pooled), expected + torch.tensor([0.5 - 2 + 1, 0.5 + 1]))
     # the gate adds it to the frame most like speech
     found = whole_gate((raw(0, [1.0]), raw(1, [1.0])), (), kernel=kernel(), kernel_share=4.0)
     assert found.window_layers == (1,) and found.needs_padding
@@ -104,6 +107,7 @@ def test_what_does_not_fit_is_refused():
         ({"projection": torch.zeros(3, 4)}, "projection of 4 numbers: expected a multiple of 3"),
         ({"landmarks": torch.zeros(2, 2)}, "landmarks of shape"),
         ({"weights": torch.zeros(3)}, "weights of shape"),
+        ({"linear": torch.zeros(2)}, "linear of shape"),
         ({"gamma": 0.0}, "gamma 0.0: expected a number > 0"),
         ({"intercept": math.nan}, "expected a finite number"),
     ):
@@ -127,6 +131,7 @@ def test_a_steering_file_keeps_the_kernel_in_half_precision_where_that_loses_not
         mine.weights,
         mine.gamma,
         mine.intercept,
+        mine.linear,
     )
     gate = whole_gate((raw(0, [1.0, 2.0]), raw(2, [3.0, 4.0])), (), kernel=half, kernel_share=0.5)
     path = tmp_path / "s.safetensors"
@@ -138,6 +143,7 @@ def test_a_steering_file_keeps_the_kernel_in_half_precision_where_that_loses_not
         assert found.kernel_share == 0.5 and found.kernel.layers == (0, 2)
         pooled = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(9))
         assert torch.equal(found.kernel.logits(pooled), half.logits(pooled))
+        assert torch.equal(found.kernel.linear, mine.linear)
     # an older file has none
     Steering((), whole_gate((raw(0, [1.0]),), ()), {"base_model": "m"}).save(path)
     assert Steering.load(path).gate.kernel is None

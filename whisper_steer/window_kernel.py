@@ -17,11 +17,11 @@ POOLS = 3  # of every layer: likely speech, mean of sound, spread of sound
 class WindowKernel:
     """A kernel machine (radial basis functions, as of a support vector machine) on pooled layers.
 
-    z = projection @ pooled - offset; logit = sum_i weights[i] exp(-gamma |z - landmarks[i]|^2) + intercept,
-    the logit that nobody speaks.
+    z = projection @ pooled - offset; logit = sum_i weights[i] exp(-gamma |z - landmarks[i]|^2) + linear . z
+    + intercept, the logit that nobody speaks. Far from all landmarks only the linear part says something.
     layers: read, ascending. pooled: the pools of every layer as `gate.pooled_windows` has them, flattened,
     p = POOLS * len(layers) * d_model numbers. projection: (k, p); offset: (k,); landmarks: (n, k);
-    weights: (n,).
+    weights: (n,). linear: (k,); None: there is none.
     """
 
     layers: tuple[int, ...]
@@ -31,6 +31,7 @@ class WindowKernel:
     weights: Tensor
     gamma: float
     intercept: float
+    linear: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -46,6 +47,8 @@ class WindowKernel:
         set_tensor(self, "offset", (k,))
         set_tensor(self, "landmarks", (None, k))
         set_tensor(self, "weights", (len(self.landmarks),))
+        if self.linear is not None:
+            set_tensor(self, "linear", (k,))
         set_number(self, "gamma")
         set_number(self, "intercept")
         if self.gamma <= 0:
@@ -65,4 +68,5 @@ class WindowKernel:
         z = self.project(pooled)
         # by differences: |z|^2 - 2 z.l + |l|^2 would lose what far-off windows have left
         distances = (z.unsqueeze(1) - self.landmarks.to(z.device)).square().sum(dim=-1)
-        return torch.exp(-self.gamma * distances) @ self.weights.to(z.device) + self.intercept
+        logits = torch.exp(-self.gamma * distances) @ self.weights.to(z.device) + self.intercept
+        return logits if self.linear is None else logits + z @ self.linear.to(z.device)
