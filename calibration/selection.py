@@ -31,8 +31,9 @@ SHUT = 0.999  # share of speech frames on which no edit may act
 MIN_RUN = 50  # frames (1 s): shorter pauses stay as they are
 MARGIN = 15  # frames (0.3 s) beside speech that stay as they are
 # gates are compared at several budgets at once: one more or one less lost clip must not decide. Upwards,
-# since the budget is an interval's end: it allows few clips or none, and less than that would be the same.
-_BUDGET_FACTORS = (1.0, 2.0, 4.0, 8.0)
+# since the budget is an interval's end: it allows few clips or none, and less than that would be the same; so
+# far that alphas beyond 1 are compared, too.
+_BUDGET_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ class GateChoice:
 
     Attributes:
         table: a row of everything that was tried. window_logits: (rows,) float64, what the choice rests on.
-        over_budgets: text-FPR (with `MoreSpeech`, over its other sounds, too), HR and nsp-FPR, each the mean
-            over a range of budgets.
+        over_budgets: text-FPR (with `MoreSpeech`, over its other sounds, too), HR and nsp-FPR, each over a
+            range of budgets: of the first the geometric mean, so that a half of what is left counts alike at
+            every budget (half a clip is added, since none may be left), of the others the mean.
     """
 
     name: str
@@ -297,14 +299,13 @@ def window_choice(
     ]
     results = [evaluate_threshold(clips, window_logits, threshold) for threshold in thresholds]
     result = results[_BUDGET_FACTORS.index(1.0)]
-    text_fpr, hr, nsp_fpr = (
-        float(np.mean([getattr(r, rate) for r in results])) for rate in ("text_fpr", "hr", "nsp_fpr")
-    )
-    if more is not None and len(more.nobody):
-        count = sum(not clip.is_speech for clip in clips)
-        left = np.mean([np.sum(more.nobody <= r.threshold) for r in results])
-        text_fpr = float((text_fpr * count + left) / (count + len(more.nobody)))
-    over_budgets = text_fpr, hr, nsp_fpr
+    hr, nsp_fpr = (float(np.mean([getattr(r, rate) for r in results])) for rate in ("hr", "nsp_fpr"))
+    count = sum(not clip.is_speech for clip in clips)
+    left = np.array([r.text_fpr for r in results]) * count
+    if more is not None:
+        count += len(more.nobody)
+        left += [np.sum(more.nobody <= r.threshold) for r in results]
+    over_budgets = float(np.exp(np.log((left + 0.5) / (count + 1)).mean())), hr, nsp_fpr
     row: dict[str, float | str | int] = {
         "gate": name,
         "layer": gate.layer,

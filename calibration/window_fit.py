@@ -20,6 +20,7 @@ frames' part of that knows them: its probes were fitted on them.) Voices that no
 
 from __future__ import annotations
 
+import itertools
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ from calibration.training_clips import (
     some_altered,
     some_snippets,
 )
-from calibration.window_parts import WIDTHS, best_probes, depths, kernel_of
+from calibration.window_parts import LINEAR, WIDTHS, best_probes, depths, kernel_of
 from calibration.window_samples import WindowSample, calibration_windows, training_windows
 from whisper_steer.errors import UsageError
 
@@ -149,12 +150,9 @@ def with_window_probes(
     probes = best_probes(gate, whole, judge, own, spoken)
     found = [probes.weighed(gate, share) for share in SHARES]
     known = nobody | spoken
-    for count in depths(gate):
-        for width in WIDTHS:
-            kernel = kernel_of(gate, count, width, whole, judge, known, nobody)
-            for share in SHARES:
-                found.append(kernel.weighed(gate, share))
-                found.append(kernel.weighed(gate, share, beside=probes))
+    for count, width, linear in itertools.product(depths(gate), WIDTHS, LINEAR):
+        kernel = kernel_of(gate, count, width, linear, whole, judge, known, nobody)
+        found += [kernel.weighed(gate, share) for share in SHARES]
     best = window_choice(
         choice.name, gate, choice.window_logits, clips, budget, more_speech(np.zeros(len(sample.x)))
     )

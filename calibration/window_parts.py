@@ -2,8 +2,7 @@
 
 Probes are a logistic regression on both means of the pools (window and sound probes). A kernel is a support
 vector machine on all three pools (`whisper_steer.window_kernel`), which costs more bytes. What either says is
-known from fits without the windows that it judges, and is weighed beside the gate's frames, alone or with the
-other.
+known from fits without the windows that it judges, and is weighed beside the gate's frames.
 """
 
 from __future__ import annotations
@@ -27,10 +26,7 @@ from whisper_steer.window_kernel import WindowKernel
 REGULARISATIONS = (0.3, 1.0, 3.0)  # C of the regression
 COMPONENTS = 128  # of the standardised pools: what a kernel compares
 WIDTHS = (1.0, 2.0)  # gamma of a kernel, in units of one over the number of pooled features
-# of the scalar product beside the radial function: on calibration and training windows, out of fold, 0.3 to 3
-# lose a tenth to a third fewer speech clips where next to nothing is left, and above 0.3 more is left where
-# none may be lost
-LINEAR = 0.3
+LINEAR = (0.0, 0.3)  # what the scalar product counts beside the radial function
 PENALTY = 10.0  # C of the support vector machine
 _FLAT = 1e-4  # of the widest: what varies less than this counts as so wide, for one over it must fit a half
 
@@ -115,15 +111,10 @@ class Part:
     said: np.ndarray
     of_sample: np.ndarray
 
-    def weighed(self, gate: Gate, share: float, beside: Part | None = None) -> Tried:
-        """The gate with it. beside: another part, which weighs as much."""
+    def weighed(self, gate: Gate, share: float) -> Tried:
+        """The gate with it."""
         row = {self.share_name: share, **self.row}
-        gate, said, of_sample = self.add(gate, share), share * self.said, share * self.of_sample
-        if beside is not None:
-            row |= {beside.share_name: share, **beside.row}
-            gate = beside.add(gate, share)
-            said, of_sample = said + share * beside.said, of_sample + share * beside.of_sample
-        return Tried(row, gate, said, of_sample)
+        return Tried(row, self.add(gate, share), share * self.said, share * self.of_sample)
 
 
 @dataclass(frozen=True)
@@ -194,6 +185,7 @@ def kernel_of(
     gate: Gate,
     count: int,
     width: float,
+    linear: float,
     whole: WindowSample,
     judge: Judge,
     known: np.ndarray,
@@ -206,15 +198,15 @@ def kernel_of(
         return WindowSample(part.x[:, places], part.nobody)
 
     def fit(part: WindowSample) -> Callable[[np.ndarray], np.ndarray]:
-        kernel = fit_kernel(only(part), layers, width, LINEAR)
+        kernel = fit_kernel(only(part), layers, width, linear)
         return lambda x: np.asarray(kernel.logits(torch.from_numpy(x[:, places])).double())
 
     said, of_sample = judge(fit)
     slope, start = _as_logit(said[known], nobody[known])
-    kernel = scaled(fit_kernel(only(whole), layers, width, LINEAR), slope, start)
+    kernel = scaled(fit_kernel(only(whole), layers, width, linear), slope, start)
     row = {
         "kernel_width": width,
-        "kernel_linear": LINEAR,
+        "kernel_linear": linear,
         "kernel_layers": float(count),
         "landmarks": float(len(kernel.weights)),
     }

@@ -311,6 +311,55 @@ def test_when_no_edit_keeps_the_budget_the_gate_stays_alone(calibration, latent_
     assert chosen.record["edit"] is None and heard_with
 
 
+def test_a_finalist_that_must_be_made_weaker_competes_with_the_next_one(
+    calibration, latent_gate, monkeypatch
+):
+    """In gaps `dear` is best, but of a whole budget only at a quarter of its strength; there `cheap` is."""
+    choice, logits = latent_gate
+    gap_errors = {("dear", 4.0): 0.2, ("dear", 1.0): 0.35, ("cheap", 4.0): 0.3}
+    layers = {"dear": 0, "cheap": 1}
+
+    def candidate(name):
+        edits = (Shift(layers[name], torch.ones(calibration.model.dims.n_audio_state), 4.0),)
+        return Candidate(name, edits, 1.0, 0.0, Effect(0, 0, 0, 0, 0))
+
+    def hear(self, edits, clips, label, **options):
+        if not edits:
+            return Heard({(c.set, c.id): c.transcript for c in clips}, 0.4, 0.5, 0.0, 0.0)
+        name, strength = next(n for n in layers if layers[n] == edits[0].layer), edits[0].strength
+        transcripts = {(c.set, c.id): c.transcript for c in clips}
+        if clips is calibration.joined:
+            return Heard(transcripts, gap_errors[name, strength], 0.5, 0.0, 0.0)
+        over = 0.5 if label == "checking the winner" and name == "dear" and strength > 1 else 0.0
+        return Heard(transcripts, 0.1, 0.1, 0.0, 0.0, set_rise=over)
+
+    monkeypatch.setattr(GatedHearing, "hear", hear)
+    monkeypatch.setattr(winners, "screen_edits", lambda *args, **options: [candidate("dear")])
+    monkeypatch.setattr(winners, "best_in_gaps", lambda heard, one: one)
+    monkeypatch.setitem(calibration.fit.recipes, "dear", {"form": "dear"})
+    monkeypatch.setitem(calibration.fit.recipes, "cheap", {"form": "cheap"})
+
+    def chosen_of(*names):
+        monkeypatch.setattr(winners, "pick_finalists", lambda *args: [candidate(name) for name in names])
+        chosen = winners.find_winner(calibration, choice, logits, progress=False)
+        checked = [(row["name"], row["min_run"], row.get("gap_wer")) for row in chosen.record["checked"]]
+        (edit,) = chosen.steering.edits
+        return edit, chosen.record["edit"]["recipes"], checked, chosen.steering.gate.min_run
+
+    tried = [("dear", 50, None), ("dear", 50, None), ("dear", 100, 0.35)]
+    for names in (("dear", "cheap"), ("cheap", "dear")):
+        edit, recipes, checked, min_run = chosen_of(*names)
+        assert (edit.layer, edit.strength, min_run) == (1, 4.0, 50) and recipes == [{"form": "cheap"}]
+        assert checked == [*tried, ("cheap", 50, None)]
+    edit, recipes, checked, min_run = chosen_of("dear")
+    assert (edit.layer, edit.strength, min_run) == (0, 1.0, 100) and checked == tried
+    gap_errors["dear", 1.0] = 0.25  # still better than the next one, which is not heard any more
+    edit, _, checked, _ = chosen_of("dear", "cheap")
+    assert edit.layer == 0 and [row[0] for row in checked] == ["dear"] * 3
+    gap_errors["dear", 1.0] = 0.45  # worse than the gate alone
+    assert chosen_of("dear", "cheap")[0].layer == 1
+
+
 def test_strengths_are_halved_until_words_are_safe():
     edits = (MeanAblation(0, torch.zeros(1, 4)), Shift(1, torch.ones(4), 8.0))
     candidate = Candidate("both", edits, 1.0, 0.0, Effect(0, 0, 0, 0, 0))
