@@ -175,7 +175,10 @@ class LinearGatePeer:
     """See benchmarks.methods.Method; strength is the share of calibration speech rejected."""
 
     name: str = "linear-gate"
-    strengths: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
+    strengths: tuple[float, ...] = (
+        *(0.001, 0.002, 0.003, 0.005, 0.007),
+        *(0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.07, 0.1),
+    )
     timed: str = GATED
     needs: tuple[str, ...] = (CALIBRATION, "sklearn")
     about: str = (

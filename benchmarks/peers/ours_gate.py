@@ -35,7 +35,7 @@ class GateAlone:
         "ours without edits (--steering gate): windows are withheld, the others stay bit for bit; strength: "
         "alpha, calibrated: 1"
     )
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
     quick_strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     timed: str = GATED
     needs: tuple[str, ...] = (STEERING,)
